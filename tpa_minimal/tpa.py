@@ -1,0 +1,458 @@
+"""Tensor Product Attention (TPA) and the T6 language model, in one file that needs only PyTorch.
+
+Zhang et al., "Tensor Product Attention Is All You Need", arXiv 2501.06425. TPA writes the queries, keys and
+values of each token as short sums of outer products, "which heads" times "which features", and caches the
+factors in place of the keys and values. Copy this file into your project and it works as it stands.
+
+Code name         Paper         Meaning                                            Shape
+d_model           d_model       width of the residual stream
+n_head, d_head    h, d_h        attention heads, width of one head
+rank_q, _k, _v    R_Q, R_K, R_V number of outer products in Q, K and V (Eq. 3.1)
+a_q, a_k, a_v     A_Q, A_K, A_V head factors                                       (B, T, R, h)
+b_q, b_k, b_v     B_Q, B_K, B_V feature factors; b_q and b_k carry RoPE (Sec. 3.2) (B, T, R, d_h)
+q, k, v           Q, K, V       assembled queries, keys, values                    (B, T, h, d_h)
+B, T, M                         batch, new positions in this call, positions that can be attended to
+
+Read from top to bottom: config, RoPE, factors, cache, attention in factor space, the layer, SwiGLU, block, T6.
+Three decisions where the paper and the authors' code differ or are silent, each argued where it stands:
+`T6Config.init`, float32 RoPE tables (`rope_tables`), and when attention stays in factor space
+(`TensorProductAttention`).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class T6Config:
+    """The sizes of a T6 model; every attention mechanism that shares its trunk reads the same object.
+
+    n_head * d_head need not equal d_model. `d_ff` is the hidden width of SwiGLU, ⌊8/3 · d_model⌋ if not given.
+    `init` chooses the bound of the uniform initialization of the factor weights: "paper" is Xavier as App. G
+    states it, "authors" is what their code computes by applying Xavier to a three-dimensional view of each weight
+    (3 to 5 times smaller for the feature factors; neither is a mistake as far as the loss can tell).
+    Raises ValueError for a value that cannot work.
+    """
+
+    vocab_size: int
+    n_layer: int
+    d_model: int
+    n_head: int
+    d_head: int
+    rank_q: int = 6
+    rank_k: int = 2
+    rank_v: int = 2
+    max_len: int = 1024
+    rope_base: float = 10000.0
+    d_ff: int | None = None
+    init: str = "paper"
+
+    def __post_init__(self):
+        if self.d_ff is None:
+            object.__setattr__(self, "d_ff", 8 * self.d_model // 3)
+        sizes = "vocab_size n_layer d_model n_head d_head rank_q rank_k rank_v max_len d_ff".split()
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: must be a whole number, 1 or more")
+        if self.d_head % 2:
+            raise ValueError(
+                f"d_head={self.d_head}: must be even, since RoPE rotates pairs of features; "
+                f"use {self.d_head - 1 or 2} or {self.d_head + 1}"
+            )
+        if not self.rope_base > 1:
+            raise ValueError(f"rope_base={self.rope_base!r}: must be above 1; the paper uses 10000")
+        if self.init not in ("paper", "authors"):
+            raise ValueError(f'init={self.init!r}: must be "paper" or "authors"')
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "T6Config":
+        """A named configuration, with `changes` applied: the paper's four sizes (App. H) or "tiny" for a laptop.
+
+        Raises ValueError for an unknown name.
+        """
+        paper = dict(vocab_size=50304, d_head=64)
+        presets = {
+            "tiny": dict(vocab_size=50304, n_layer=4, d_model=128, n_head=16, d_head=32, max_len=512),
+            "small-124M": dict(paper, n_layer=12, d_model=768, n_head=34),
+            "medium-353M": dict(paper, n_layer=24, d_model=1024, n_head=47),
+            "large-773M": dict(paper, n_layer=36, d_model=1280, n_head=61),
+            "xl-1.5B": dict(paper, n_layer=48, d_model=1600, n_head=78),
+        }
+        if name not in presets:
+            raise ValueError(f"preset {name!r} does not exist; choose one of {', '.join(presets)}")
+        return cls(**{**presets[name], **changes})
+
+
+# ------------------------------------------------------------------------------------------------------- RoPE
+
+
+def rope_tables(positions: Tensor, d_head: int, base: float, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+    """The cosines and sines of RoPE's angles t · base^(-2j/d_h) for positions t (Sec. 3.2).
+
+    positions: (T,) absolute. Returns cos and sin, each (T, d_h/2). Keep `dtype` at float32 or wider: rounding the
+    tables to bfloat16 breaks the relative-position identity Q̃_t K̃_sᵀ = Q_t T_{t-s} K_sᵀ after about 3 digits.
+    """
+    # An angle of 10^5 radians in float32 is off by 0.004, so angles are float64 wherever the device has it.
+    exact = torch.float32 if positions.device.type == "mps" else torch.float64
+    j = torch.arange(d_head // 2, device=positions.device, dtype=exact)
+    angles = positions.to(exact)[:, None] * base ** (-2 * j / d_head)  # (T, d_h/2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the rows of x by their positions' angles: x T_t in the paper's row-vector convention (Sec. 3.2).
+
+    x: (B, T, any, d_h); cos, sin: (T, d_h/2). Feature i is paired with feature i + d_h/2.
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]  # (T, 1, d_h/2)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- factors
+
+
+def assemble(a: Tensor, b: Tensor) -> Tensor:
+    """The tensor product (1/R) Σ_r a_r ⊗ b_r = (1/R) Aᵀ B of every token (Eq. 3.1).
+
+    a: (B, T, R, h), b: (B, T, R, d_h) -> (B, T, h, d_h), a matrix of rank at most R for each token.
+    """
+    return a.mT @ (b / b.shape[-2])
+
+
+def factor_bound(config: T6Config, rank: int, width: int, is_head_factor: bool) -> float:
+    """Half the range of the uniform initialization of one factor's weight, as `config.init` asks (App. G).
+
+    width: h for a head factor, d_h for a feature factor; the weight is (rank · width) × d_model.
+    """
+    n_in, n_out = config.d_model, rank * width
+    if config.init == "authors":
+        # Their Xavier sees the views (d_model, h, R) and (d_model, R, d_h) and counts the last axis in both fans.
+        n_in *= rank if is_head_factor else width
+    return math.sqrt(6 / (n_in + n_out))
+
+
+# ------------------------------------------------------------------------------------------------------ cache
+
+
+class FactorCache:
+    """One layer's factors of all past tokens: (R_K + R_V)(h + d_h) numbers per token (Sec. 3.3, Table 1).
+
+    The caller owns it and passes it to `forward`, which appends. Room for `max_len` positions is set aside once.
+    b_k is stored as rotated (Theorem 3.1), so nothing is rotated again. Gradients do not flow into a cache.
+    """
+
+    def __init__(self, config: T6Config, batch_size: int, max_len: int | None = None, device=None, dtype=None):
+        self.max_len = config.max_len if max_len is None else max_len
+        if batch_size < 1 or self.max_len < 1:
+            raise ValueError(f"batch_size={batch_size}, max_len={self.max_len}: both must be 1 or more")
+        self.length = 0
+
+        def room(rank, *rows_and_columns):
+            return torch.zeros(batch_size, rank, *rows_and_columns, device=device, dtype=dtype)
+
+        # Memory order serves the products of `factor_attention`: logits are (h, M) tables that a_k and a_v scale
+        # entry by entry, so positions run fastest there; b_k and b_v are the (M, d_h) operands of a matrix product.
+        self._a_k = room(config.rank_k, config.n_head, self.max_len)
+        self._b_k = room(config.rank_k, self.max_len, config.d_head)
+        self._a_v = room(config.rank_v, config.n_head, self.max_len)
+        self._b_v = room(config.rank_v, self.max_len, config.d_head)
+
+    def _views(self, start: int, end: int) -> tuple[Tensor, ...]:
+        a, b = (0, 3, 1, 2), (0, 2, 1, 3)  # to the order (B, M, R, ·) of the rest of the file
+        return (
+            self._a_k[..., start:end].permute(a),
+            self._b_k[:, :, start:end].permute(b),
+            self._a_v[..., start:end].permute(a),
+            self._b_v[:, :, start:end].permute(b),
+        )
+
+    def append(self, a_k: Tensor, b_k: Tensor, a_v: Tensor, b_v: Tensor) -> tuple[Tensor, ...]:
+        """Store the factors of T new tokens; return views of all that is held, each (B, length, R, ·).
+
+        Raises ValueError, with nothing changed, if they do not fit.
+        """
+        new_length = self.length + a_k.shape[1]
+        if new_length > self.max_len:
+            raise ValueError(
+                f"the cache holds {self.length} of {self.max_len} positions and cannot take {a_k.shape[1]} more: "
+                f"create it with max_len={new_length} or above, or truncate() it first"
+            )
+        places = self._views(self.length, new_length)
+        for place, new in zip(places, (a_k, b_k, a_v, b_v)):
+            if place.shape != new.shape:  # copy_ would broadcast a smaller batch without a word
+                raise ValueError(f"the cache expects factors of shape {tuple(place.shape)}, not {tuple(new.shape)}")
+        for place, new in zip(places, (a_k, b_k, a_v, b_v)):
+            place.copy_(new.detach())
+        self.length = new_length
+        return self._views(0, new_length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors held now, not of the room set aside for max_len positions."""
+        return sum(view.numel() * view.element_size() for view in self._views(0, self.length))
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on. Raises ValueError unless 0 <= length <= the present length."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"truncate({length}): the cache holds {self.length} positions, so 0 to {self.length} work")
+        self.length = length
+
+
+class Cache(list):
+    """What a whole model remembers: a list of one layer's cache per block."""
+
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return self[0].length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, over all layers."""
+        return sum(layer.nbytes for layer in self)
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on, in every layer."""
+        for layer in self:
+            layer.truncate(length)
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+def factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, *, start: int, block_size: int = 4096) -> Tensor:
+    """Causal attention that never builds K or V (App. A, Algorithm 1), block by block (Algorithm 2).
+
+    a_q (B, T, R_Q, h), b_q (B, T, R_Q, d_h): factors of T queries at positions start, start + 1, ...
+    a_k, b_k, a_v, b_v: factors of M positions from 0 on, in the same layout, any ranks.
+    Returns (B, T, h, d_h). Temporary memory is about R_K · T · h · block_size numbers, whatever M is.
+    """
+    (B, T, _, h), (M, rank_k, d_head), rank_v = a_q.shape, b_k.shape[1:], b_v.shape[2]
+    dtype = torch.promote_types(b_k.dtype, torch.float32)  # a softmax over 10^5 positions needs float32 or wider
+    with torch.autocast(b_k.device.type, enabled=False):
+        # The T queries are few: assembling them makes R_Q vanish from the cost per cached position.
+        q = assemble(a_q.to(dtype), b_q.to(dtype)) / (rank_k * math.sqrt(d_head))
+        q = q.view(B, 1, T * h, d_head)
+        positions = torch.arange(start, start + T, device=q.device)
+        m = q.new_full((B, T, h, 1), -math.inf)  # running maximum of the logits
+        s = q.new_zeros(B, T, h, 1)  # running Σ exp(logit - m)
+        y = q.new_zeros(B, T, h, d_head)  # running Σ exp(logit - m) · v
+        for first in range(0, min(M, start + T), block_size):
+            last = min(first + block_size, M)
+            a_kb, b_kb, a_vb, b_vb = (
+                factor[:, first:last].to(dtype).permute(0, 2, 3, 1) for factor in (a_k, b_k, a_v, b_v)
+            )  # (B, R, ·, block)
+            p = (q @ b_kb).view(B, rank_k, T, h, -1)  # ⟨q, b_k,r⟩ for each rank r: (B, R_K, T, h, block)
+            logits = (p * a_kb.unsqueeze(2)).sum(1) if rank_k > 1 else p[:, 0] * a_kb  # (B, T, h, block)
+            if last > start + 1:  # some query stands before the end of this block
+                ahead = torch.arange(first, last, device=q.device) > positions[:, None]  # (T, block)
+                logits = logits.masked_fill(ahead[:, None], -math.inf)
+            m_new = torch.maximum(m, logits.amax(-1, keepdim=True))
+            weights = logits.sub_(m_new).exp_()  # (B, T, h, block)
+            shrink = (m - m_new).exp()
+            s = s * shrink + weights.sum(-1, keepdim=True)
+            scaled = (weights.unsqueeze(1) * a_vb.unsqueeze(2)).view(B, rank_v, T * h, -1)
+            y = y * shrink + (scaled @ b_vb.mT).sum(1).view(B, T, h, d_head)
+            m = m_new
+        return (y / (s * rank_v)).to(b_q.dtype)
+
+
+class TensorProductAttention(nn.Module):
+    """TPA: causal self-attention from contextual factors, with a factor cache (Sec. 3).
+
+    Parameters: d_model (R_Q + R_K + R_V)(h + d_h) + d_model · h · d_h (Table 1), none of them biases.
+    """
+
+    # With this many new tokens or fewer against a filled cache, factor space is used; above it, K and V of the
+    # whole context are assembled once for the call and handed to the fused kernel, whose cost per token is lower.
+    max_factor_space_tokens = 16
+
+    def __init__(self, config: T6Config):
+        super().__init__()
+        self.config = config
+        ranks = (config.rank_q, config.rank_k, config.rank_v)
+        self.sizes = [rank * width for rank in ranks for width in (config.n_head, config.d_head)]
+        # One product for all six factors is faster than six; rows are in the order a_q, b_q, a_k, b_k, a_v, b_v.
+        self.factor_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
+        self.out_proj = nn.Linear(config.n_head * config.d_head, config.d_model, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the factor weights as `config.init` says; start the output matrix at zero, as the authors' code does."""
+        c = self.config
+        weights = iter(self.factor_proj.weight.split(self.sizes))
+        for rank in (c.rank_q, c.rank_k, c.rank_v):
+            for width, is_head_factor in ((c.n_head, True), (c.d_head, False)):
+                bound = factor_bound(c, rank, width, is_head_factor)
+                next(weights).uniform_(-bound, bound)
+        self.out_proj.weight.zero_()
+
+    def factors(self, x: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+        """a_q, b_q, a_k, b_k, a_v, b_v of tokens at positions start, start + 1, ...; b_q and b_k rotated.
+
+        x: (B, T, d_model) -> six tensors (B, T, R, h) or (B, T, R, d_h).
+        """
+        c = self.config
+        widths = (c.n_head, c.d_head) * 3
+        parts = self.factor_proj(x).split(self.sizes, dim=-1)
+        a_q, b_q, a_k, b_k, a_v, b_v = (p.unflatten(-1, (-1, width)) for p, width in zip(parts, widths))
+        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = rope_tables(positions, c.d_head, c.rope_base, wide)
+        return a_q, apply_rope(b_q, cos, sin), a_k, apply_rope(b_k, cos, sin), a_v, b_v
+
+    def new_cache(self, batch_size: int, max_len: int | None = None, device=None, dtype=None) -> FactorCache:
+        """An empty cache for this layer, by default in the layer's own dtype and on its device."""
+        weight = self.out_proj.weight
+        return FactorCache(self.config, batch_size, max_len, device or weight.device, dtype or weight.dtype)
+
+    def forward(self, x: Tensor, cache: FactorCache | None = None) -> Tensor:
+        """Attend from each token of x to itself and all before it, the cached ones included.
+
+        x: (B, T, d_model) -> (B, T, d_model). The tokens follow those in `cache`, and are appended to it.
+        """
+        # 1. Factors of the new tokens, at their absolute positions.
+        start = 0 if cache is None else cache.length
+        a_q, b_q, a_k, b_k, a_v, b_v = self.factors(x, start)
+        # 2. With a cache: remember them, and see all earlier ones too.
+        if cache is not None:
+            held = cache.append(a_k, b_k, a_v, b_v)
+            if start > 0:
+                a_k, b_k, a_v, b_v = (factor.to(b_q.dtype) for factor in held)
+        # 3. Attend, in factor space while decoding, with assembled q, k, v in training and prefill.
+        if start > 0 and x.shape[1] <= self.max_factor_space_tokens:
+            out = factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, start=start)
+        else:
+            out = causal_attention(assemble(a_q, b_q), assemble(a_k, b_k), assemble(a_v, b_v))
+        # 4. Concatenate the heads and mix them.
+        return self.out_proj(out.flatten(2))
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention with scale 1/√d_h, the T queries being the last of the M positions.
+
+    q: (B, T, h, d_h); k, v: (B, M, h, d_h) -> (B, T, h, d_h).
+    """
+    T, M = q.shape[1], k.shape[1]
+    # is_causal aligns the mask with the first key; with earlier tokens cached it must align with the last.
+    mask = None if T == M else torch.ones(T, M, dtype=torch.bool, device=q.device).tril(M - T)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, h, ·, d_h)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- T6
+
+
+class SwiGLU(nn.Module):
+    """LLaMA's feed-forward layer: W_down (silu(W_gate x) ⊙ W_up x), without biases (Sec. 4.3)."""
+
+    def __init__(self, config: T6Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+        nn.init.zeros_(self.down_proj.weight)  # so that each block starts as the identity, as in the authors' code
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, d_model) -> (B, T, d_model)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Divide each token's vector by its root mean square; no learned gain, as in the authors' code."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+class Block(nn.Module):
+    """LLaMA's block with any attention: x + attention(norm(x)), then x + SwiGLU(norm(x)) (Sec. 4.3)."""
+
+    def __init__(self, config: T6Config, attention):
+        super().__init__()
+        self.attention = attention(config)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, cache=None) -> Tensor:
+        """x: (B, T, d_model) -> (B, T, d_model); `cache` is this layer's, or None."""
+        x = x + self.attention(rms_norm(x), cache)
+        return x + self.mlp(rms_norm(x))
+
+
+class T6(nn.Module):
+    """A causal language model: embedding, blocks, norm, and the embedding again as output matrix (Sec. 4.3).
+
+    `attention` is called with the config once per block; anything with TensorProductAttention's `forward` and
+    `new_cache` will do.
+    """
+
+    def __init__(self, config: T6Config, attention=TensorProductAttention):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        bound = config.d_model**-0.5  # what the authors' tied output layer starts from
+        nn.init.uniform_(self.embedding.weight, -bound, bound)
+        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.n_layer))
+
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """The normalized output of the last block: tokens (B, T) -> (B, T, d_model)."""
+        x = self.embedding(tokens)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[i])
+        return rms_norm(x)
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits of each next token: tokens (B, T) -> (B, T, vocab_size).
+
+        With a cache, the tokens follow those already in it: one token, a chunk or a whole prompt.
+        """
+        return F.linear(self.hidden(tokens, cache), self.embedding.weight)
+
+    def new_cache(self, batch_size: int, max_len: int | None = None) -> Cache:
+        """An empty cache for `max_len` positions (config.max_len if not given), one entry per layer."""
+        return Cache(block.attention.new_cache(batch_size, max_len) for block in self.blocks)
+
+    @torch.no_grad()
+    def generate(
+        self, tokens: Tensor, max_new_tokens: int, *, temperature=1.0, top_k=None, generator=None, use_cache=True
+    ) -> Tensor:
+        """Continue each prompt by `max_new_tokens` sampled tokens; temperature 0 takes the likeliest (greedy).
+
+        tokens: (B, T) -> (B, T + max_new_tokens), prompt included. Only the `top_k` likeliest are drawn from, if
+        given. Raises ValueError, before any work, if the result would be longer than config.max_len.
+        """
+        total = tokens.shape[1] + max_new_tokens
+        if tokens.shape[1] < 1 or max_new_tokens < 0:
+            raise ValueError(f"a prompt of {tokens.shape[1]} and {max_new_tokens} new tokens: need 1 and 0 or more")
+        if total > self.config.max_len:
+            raise ValueError(
+                f"a prompt of {tokens.shape[1]} and {max_new_tokens} new tokens exceed max_len={self.config.max_len}: "
+                f"shorten one, or build the model with T6Config(max_len={total}, ...)"
+            )
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"temperature={temperature}, top_k={top_k}: need 0 or more, and None or 1 or more")
+        cache = self.new_cache(tokens.shape[0], total) if use_cache else None
+        new = tokens
+        for _ in range(max_new_tokens):
+            x = self.hidden(new if use_cache else tokens, cache)[:, -1]  # (B, d_model)
+            logits = F.linear(x, self.embedding.weight).float()  # (B, vocab_size)
+            if top_k is not None:
+                lowest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < lowest_kept, -math.inf)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)  # (B, 1)
+            else:
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            tokens = torch.cat((tokens, new), dim=1)
+        return tokens
+
+    def num_parameters(self) -> int:
+        """Number of learned weights; the tied embedding counts once."""
+        return sum(p.numel() for p in self.parameters())
