@@ -13,7 +13,7 @@ class WrongAnswer(Exception):
 
 
 def exercise(check):
-    """Turn a function that raises WrongAnswer into a checker that prints one line and returns "todo", "ok" or "fail"."""
+    """Turn a function that raises WrongAnswer into a checker: it prints one line and returns "todo", "ok" or "fail"."""
 
     @functools.wraps(check)
     def run(attempt, *more):
