@@ -296,6 +296,11 @@ class TensorProductAttention(nn.Module):
                 next(weights).uniform_(-bound, bound)
         self.out_proj.weight.zero_()
 
+    def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The tables that rotate b_q and b_k of inputs of `dtype` at `positions` (T,): two of shape (T, d_h/2)."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return rope_tables(positions, self.config.d_head, self.config.rope_base, wide)
+
     def factors(self, x: Tensor, start: int = 0) -> tuple[Tensor, ...]:
         """a_q, b_q, a_k, b_k, a_v, b_v of tokens at positions start, start + 1, ...; b_q and b_k rotated.
 
@@ -305,9 +310,7 @@ class TensorProductAttention(nn.Module):
         widths = (c.n_head, c.d_head) * 3
         parts = self.factor_proj(x).split(self.sizes, dim=-1)
         a_q, b_q, a_k, b_k, a_v, b_v = (p.unflatten(-1, (-1, width)) for p, width in zip(parts, widths))
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = rope_tables(positions, c.d_head, c.rope_base, wide)
+        cos, sin = self.rope(torch.arange(start, start + x.shape[1], device=x.device), x.dtype)
         return a_q, apply_rope(b_q, cos, sin), a_k, apply_rope(b_k, cos, sin), a_v, b_v
 
     def new_cache(self, batch_size: int, max_len: int | None = None, device=None, dtype=None) -> FactorCache:
@@ -408,12 +411,16 @@ class T6(nn.Module):
             x = block(x, None if cache is None else cache[i])
         return rms_norm(x)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The embedding used backwards, as output matrix: (..., d_model) -> (..., vocab_size)."""
+        return F.linear(hidden, self.embedding.weight)
+
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits of each next token: tokens (B, T) -> (B, T, vocab_size).
 
         With a cache, the tokens follow those already in it: one token, a chunk or a whole prompt.
         """
-        return F.linear(self.hidden(tokens, cache), self.embedding.weight)
+        return self.logits(self.hidden(tokens, cache))
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> Cache:
         """An empty cache for `max_len` positions (config.max_len if not given), one entry per layer."""
@@ -442,7 +449,7 @@ class T6(nn.Module):
         new = tokens
         for _ in range(max_new_tokens):
             x = self.hidden(new if use_cache else tokens, cache)[:, -1]  # (B, d_model)
-            logits = F.linear(x, self.embedding.weight).float()  # (B, vocab_size)
+            logits = self.logits(x).float()  # (B, vocab_size)
             if top_k is not None:
                 lowest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < lowest_kept, -math.inf)
