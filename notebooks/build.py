@@ -8,7 +8,7 @@
 
 A source is a jupytext percent script. The builder fills in three things: `{badge}` in the title cell, the cell tagged
 `setup`, and `# {{tpa: name name}}` in a cell tagged `tpa`, which becomes the text of those definitions of
-tpa_minimal/tpa.py. Cells tagged `exercise` go to the student's notebook only, those tagged `solution` to the solved one.
+tpa_minimal/tpa.py. Cells tagged `exercise` go to the student's notebook only, those tagged `solution` to the solved.
 """
 
 import argparse
@@ -27,7 +27,7 @@ NOTEBOOKS = Path(__file__).resolve().parent
 ROOT = NOTEBOOKS.parent
 BUDGET = re.compile(r"the code runs in at most (\d+) s on two CPU cores")
 DIRECTIVE = re.compile(r"^# \{\{tpa: (.+)\}\}$", re.MULTILINE)
-ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+(?=/blob/|\.git|[\s\")\]]|$)")
+INSTALLED_FROM = re.compile(r"git\+(https://[^\s\"]+)")
 
 SETUP = """\
 import importlib.util
@@ -153,8 +153,8 @@ def stamp() -> None:
                 old.source = new.source
             write(built, path)
     readme = ROOT / "README.md"
-    text = ADDRESS.sub(lambda m: repository(), readme.read_text(encoding="utf-8"))
-    readme.write_text(text, encoding="utf-8")
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(text.replace(INSTALLED_FROM.search(text)[1], repository()), encoding="utf-8")
 
 
 def write_figures(notebook: nbformat.NotebookNode, stem: str, folder: Path) -> None:
