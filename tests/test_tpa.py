@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
 SOURCE = Path(__file__).resolve().parents[1] / "tpa_minimal" / "tpa.py"
-few = settings(max_examples=25, deadline=None, derandomize=True)
+# Sizes are small as drawn, so a failure is reported as found: shrinking it would only cost time.
+few = settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 
 
 def exactly(actual, expected, tolerance=1e-10):

@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?= auto
+# Two test processes with one thread each use two cores better than one process with two threads.
+TWO_CORES := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+NBVAL := $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=120
+
+.PHONY: help setup demo test lab notebooks stamp lint
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: .venv/installed  ## make the virtual environment (the other targets do this by themselves)
+
+.venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { $(PYTHON) --version; echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+demo: setup  ## train a small T6, generate with its factor cache, weigh the cache; DATA=auto|fineweb-edu|lessons|PATH
+	$(BIN)/python -m tpa_minimal.train --data $(DATA) --preset tiny --out runs/demo
+
+test: setup lint  ## all tests and all notebooks
+	$(TWO_CORES) $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(TWO_CORES) $(NBVAL) notebooks/*.ipynb
+	$(TWO_CORES) TPA_STRICT=1 $(NBVAL) notebooks/solutions/*.ipynb
+
+lab: setup  ## JupyterLab on notebooks/
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+notebooks: setup  ## build and execute all notebooks from notebooks/src
+	$(BIN)/python notebooks/build.py
+
+stamp: setup  ## write the repository address of pyproject.toml into badges, set-up cells and README
+	$(BIN)/python notebooks/build.py --stamp
+
+lint: setup  ## ruff, over code and notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
