@@ -1,0 +1,722 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # 03 · RoPE and pre-rotation
+#
+# {badge}
+#
+# **You will be able to**
+#
+# - derive rotary position embedding (RoPE) from rotations of a plane, and say which features are paired and which way
+#   they turn;
+# - prove Theorem 3.1 of the TPA paper in three lines and see it hold to rounding;
+# - explain why a TPA cache holds keys that are already rotated, and why nothing in it is ever rotated again;
+# - recognise three common RoPE mistakes by their numbers;
+# - say why MLA needs a separate rotated part and TPA does not.
+#
+# **You need** notebook 02 (the factors A and B, and `assemble`), and matrix products.
+#
+# **Time** about 75 minutes to read and do; the code runs in at most 30 s on two CPU cores
+
+# %% tags=["setup"]
+# (filled in by notebooks/build.py)
+
+# %% [markdown]
+# ## Attention cannot count
+#
+# Take a query and a set of keys and values, and shuffle the keys together with their values.
+# The logits are shuffled in the same way, softmax does not mind, and the weighted sum is the same sum.
+
+# %%
+import math
+
+import matplotlib.pyplot as plt
+from torch import Tensor
+from torch.testing import assert_close
+
+from tpa_minimal import checks, plots
+from tpa_minimal.tpa import assemble
+
+plots.style()
+torch.manual_seed(3)
+
+q, k, v = torch.randn(8).double(), torch.randn(6, 8).double(), torch.randn(6, 8).double()
+order = torch.randperm(6)
+in_order = (q @ k.T).softmax(-1) @ v
+shuffled = (q @ k[order].T).softmax(-1) @ v[order]
+assert_close(in_order, shuffled)
+print("keys taken in the order", order.tolist(), "give the same output")
+
+# %% [markdown]
+# So "dog bites man" and "man bites dog" look the same to the last token. The position must be put in somewhere.
+# What should it do? Three wishes:
+#
+# 1. **Relative.** The logit of a query at position $t$ with a key at position $s$ should depend on the two vectors and
+#    on the distance $t-s$, not on where in the text the pair stands.
+# 2. **Separate.** The query must be treated knowing only $t$, the key knowing only $s$. Otherwise a key could not be
+#    prepared once and cached: each new query would want its own version.
+# 3. **Harmless.** No vector should become longer or shorter because of where it stands.
+#
+# Rotations fulfil all three, and RoPE (Su et al., 2021) is exactly that: rotate the query by an angle proportional to
+# $t$, the key by an angle proportional to $s$.
+
+# %% [markdown]
+# ## One plane
+#
+# Begin with vectors of two features. The paper writes vectors as **rows**, and so do we: `x` has shape `(..., d_h)` and
+# a matrix acts on it from the *right*. With an angle $\theta$ per position,
+#
+# $$ \mathrm{RoPE}_t(q) = q\,T_t, \qquad
+# T_t = \begin{pmatrix} \cos t\theta & -\sin t\theta \\ \sin t\theta & \cos t\theta \end{pmatrix}. $$
+
+
+# %%
+def rotation(angle: float) -> Tensor:
+    """The 2 × 2 matrix T whose product x T turns the row vector x."""
+    c, s = math.cos(angle), math.sin(angle)
+    return torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+
+
+theta = 0.3
+x = torch.tensor([1.0, 0.0], dtype=torch.float64)
+print("x T_1 =", (x @ rotation(theta)).tolist())
+
+# %% [markdown]
+# The second feature became *negative*: the arrow turned **clockwise**. You may know this matrix as the one that turns
+# counter-clockwise; it does, when it acts on a column vector from the left. A row vector meets its transpose, which is
+# the inverse rotation.
+#
+# Does the sense of rotation matter? Not for what a model can learn, as long as queries and keys turn the same way. It
+# matters as soon as you load somebody else's weights: much code for LLaMA turns the other way.
+
+
+# %%
+def arrow(ax, vector, label, **style):
+    ax.annotate("", vector, (0, 0), arrowprops=dict(arrowstyle="-|>", lw=2, shrinkA=0, shrinkB=0, **style))
+    ax.text(*(1.18 * torch.as_tensor(vector)).tolist(), label, ha="center", va="center")
+
+
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.7))
+for t in range(6):
+    arrow(axes[0], (x @ rotation(t * theta)).tolist(), f"t={t}", color="black")
+axes[0].set_title("Position t turns a vector by tθ")
+q, k = x, 0.85 * x @ rotation(-0.5)
+for shift, shade in ((0, "black"), (8, "0.55")):
+    t, s = 2 + shift, 0 + shift
+    q_t, k_s = q @ rotation(t * theta), k @ rotation(s * theta)
+    arrow(axes[1], q_t.tolist(), f"q, t={t}", color=shade)
+    arrow(axes[1], k_s.tolist(), f"k, s={s}", color=shade, linestyle="--")
+axes[1].set_title("Shift both by 8: same angle between")
+for ax in axes:
+    ax.set(xlim=(-1.35, 1.45), ylim=(-1.35, 0.85), aspect="equal", xlabel="feature 1", ylabel="feature 2")
+plt.show()
+
+# %% [markdown]
+# On the left, one vector at six positions. On the right, a query (solid) and a key (dashed) two positions apart, at the
+# start of the text (black) and eight tokens later (grey): both have turned, but by the same angle, so their lengths and
+# the angle between them are what they were. A dot product depends on nothing else. In symbols, turning by $t$ steps and
+# back by $s$ steps is turning by $t-s$ steps:
+#
+# $$ T_t\,T_s^\top = T_{t-s} \qquad\text{and so}\qquad
+# (q\,T_t)(k\,T_s)^\top = q\,T_t T_s^\top k^\top = q\,T_{t-s}\,k^\top . $$
+
+# %%
+for t, s in ((2, 0), (10, 8), (1002, 1000)):
+    assert_close(rotation(t * theta) @ rotation(s * theta).T, rotation((t - s) * theta))
+    dot = (q @ rotation(t * theta)) @ (k @ rotation(s * theta))
+    print(f"t={t:4d}, s={s:4d}: dot product {dot:.12f}")
+
+# %% [markdown]
+# Three pairs of positions, one distance, one dot product. Wishes 1 and 2 are fulfilled together: each side was turned
+# knowing only its own position.
+#
+# ## Many planes, many speeds
+#
+# One plane is a clock with one hand: after a full turn, distance 0 and distance $2\pi/\theta$ look the same. So RoPE
+# cuts the $d_h$ features of a head into $d_h/2$ planes, and gives each plane its own speed,
+#
+# $$ \theta_j = \mathrm{base}^{-2j/d_h}, \qquad j = 0, \dots, d_h/2 - 1, \qquad \mathrm{base} = 10000. $$
+#
+# In words: the first plane turns by one radian per token, and each later plane is slower by a constant factor.
+
+# %%
+d_head, base = 32, 10000.0
+theta = base ** (-2 * torch.arange(d_head // 2).double() / d_head)  # (d_h/2,)
+
+distance = torch.arange(0, 301)
+fig, axes = plt.subplots(4, 1, figsize=(7, 4.4), sharex=True)
+for ax, j in zip(axes, (0, 4, 8, 15)):
+    ax.plot(distance, (distance * theta[j]).cos(), lw=1.2)
+    ax.set_title(f"plane j={j}: one turn in {2 * math.pi / theta[j]:,.0f} tokens", fontsize=10)
+    ax.set(ylim=(-1.15, 1.15), yticks=(-1, 0, 1))
+axes[-1].set_xlabel("distance t − s in tokens")
+fig.supylabel("cos((t − s) θⱼ)", fontsize=10)
+fig.suptitle("Fast planes tell neighbours apart, slow planes tell far from near", x=0.02, ha="left", fontsize=12)
+plt.show()
+
+# %% [markdown]
+# Together the planes work like the hands of a clock: seconds, minutes, hours. The slowest of the sixteen has hardly
+# moved after 300 tokens.
+#
+# ### Which two features make a plane?
+#
+# Two layouts are in use, and mixing them up is the most common RoPE mistake of all:
+#
+# - **half-split** (this course, the authors' training code): feature $j$ is paired with feature $j + d_h/2$;
+# - **interleaved** (the RoFormer paper; the block-diagonal matrix as the TPA paper prints it): feature $2j$ is paired
+#   with feature $2j+1$.
+
+# %%
+fig, axes = plt.subplots(2, 1, figsize=(7, 3.6))
+pairs = {"half-split: j with j + d_h/2 (this course)": [(j, j + 4) for j in range(4)]}
+pairs["interleaved: 2j with 2j + 1"] = [(2 * j, 2 * j + 1) for j in range(4)]
+for ax, (name, couples) in zip(axes, pairs.items()):
+    for j, (left, right) in enumerate(couples):
+        height = 0.5 + 0.28 * j if right - left > 1 else 0.8
+        ax.plot([left, left, right, right], [0.3, height, height, 0.3], color="black", lw=1.3)
+        ax.text(left + 0.5, height, f"$θ_{j}$", ha="center", va="center", bbox=dict(fc="white", ec="none", pad=1))
+        for place in (left, right):
+            ax.text(place, 0, place, ha="center", va="center", bbox=dict(boxstyle="square,pad=0.45", fc="0.92"))
+    ax.set(xlim=(-1, 8), ylim=(-0.4, 1.7), title=name)
+    ax.axis("off")
+fig.suptitle("The same rotations, two seating plans for 8 features", x=0.02, ha="left", fontsize=12)
+plt.show()
+
+# %% [markdown]
+# The layouts differ by a fixed permutation of the features. A model trained from scratch does not care, because the
+# projection weights can learn either order. Trained weights do care: they fit one layout only. Half-split is convenient
+# in code, since the two members of all planes are two contiguous halves.
+#
+# ### Writing it
+#
+# First the tables. Each position needs $d_h/2$ angles; we keep their cosines and sines:
+
+# %% tags=["nbval-check-output"]
+positions = torch.arange(5)
+angles = positions.double()[:, None] * theta  # (T, d_h/2)
+cos, sin = angles.cos(), angles.sin()
+print(cos.shape, sin.shape)
+
+# %% [markdown]
+# Then the rotation. For one plane, writing out the row $(x_1, x_2)$ times $T_t$ gives
+#
+# $$ (x_1, x_2)\,T_t = (x_1 \cos t\theta + x_2 \sin t\theta,\;\; x_2 \cos t\theta - x_1 \sin t\theta), $$
+#
+# and in the half-split layout `x1` and `x2` are simply the two halves of the vector. All planes at once:
+
+# %%
+x = torch.randn(5, d_head).double()  # one vector per position
+x1, x2 = x.chunk(2, dim=-1)  # each (T, d_h/2)
+rotated = torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
+print("length before and after, position 3:", x[3].norm().item(), rotated[3].norm().item())
+
+# %% [markdown]
+# Wish 3: nothing got longer or shorter. These few lines become the two functions of the module, with axes for the batch
+# and for heads or ranks:
+
+# %% tags=["tpa"] claim="sec-3.2-rope"
+# {{tpa: rope_tables apply_rope}}
+
+# %% [markdown]
+# Three things to notice.
+#
+# - `positions` are **absolute** positions in the text. While decoding, the new token's position is the number of tokens
+#   before it, not 0.
+# - The angle is computed in float64 and the tables are handed out in float32. We come back to this below: an angle of
+#   100,000 radians in float32 has few digits left after the decimal point.
+# - `cos[:, None]` gives the tables a middle axis of length 1. That axis of `x` may be the heads of an assembled query,
+#   or the *ranks* of a factor: every row of one token is rotated alike. The theorem below lives on this line.
+#
+# Is it the matrix of the paper? Build $T_t$ explicitly, in our layout, and compare.
+
+
+# %%
+def rope_matrix(t):
+    """T_t as an explicit d_h × d_h matrix in the half-split layout."""
+    cos, sin = rope_tables(torch.tensor([t]), d_head, base, torch.float64)
+    C, S = cos[0].diag(), sin[0].diag()
+    return torch.cat((torch.cat((C, -S), 1), torch.cat((S, C), 1)), 0)
+
+
+positions = torch.tensor([0, 1, 17, 1000])
+x = torch.randn(2, 4, 3, d_head).double()  # (B, T, any, d_h)
+by_function = apply_rope(x, *rope_tables(positions, d_head, base, torch.float64))
+by_matrix = torch.stack([x[:, i] @ rope_matrix(t) for i, t in enumerate(positions.tolist())], dim=1)
+assert_close(by_function, by_matrix)
+assert_close(rope_matrix(17) @ rope_matrix(5).T, rope_matrix(12))
+print("apply_rope(x) equals x T_t; largest difference", (by_function - by_matrix).abs().max().item())
+
+# %% [markdown]
+# ## Theorem 3.1: rotate the factor, not the product
+#
+# Now TPA. The queries of one token are an $h \times d_h$ matrix, $Q_t = \frac1{R_Q} A_Q^\top B_Q$, with one *row* per
+# head. RoPE rotates the query of every head by the same $T_t$. Must we assemble the $h$ rows first, and rotate each?
+#
+# **Theorem 3.1.** $\;\mathrm{RoPE}_t(Q_t) = \frac{1}{R_Q}\, A_Q^\top\, (B_Q T_t)$.
+#
+# *Proof.*
+#
+# 1. Rotating each row of $Q_t$ by $T_t$ is one matrix product: $\mathrm{RoPE}_t(Q_t) = Q_t T_t$.
+# 2. Put in the factorization: $Q_t T_t = \bigl(\frac{1}{R_Q} A_Q^\top B_Q\bigr) T_t$.
+# 3. Matrix products may be bracketed as we like:
+#    $\bigl(\frac{1}{R_Q} A_Q^\top B_Q\bigr) T_t = \frac{1}{R_Q} A_Q^\top (B_Q T_t)$. $\;\blacksquare$
+#
+# In words: $A$ mixes *heads* from the left, $T_t$ turns *features* from the right, and the two never meet.
+
+# %%
+fig, ax = plt.subplots(figsize=(7.5, 2.6))
+blocks = [
+    (0, 2, 8, "$A^⊤$", "heads × rank"),
+    (3.6, 6, 2, "$B$", "rank × features"),
+    (11.2, 6, 6, "$T_t$", "features × features"),
+]
+for left, width, height, name, shape in blocks:
+    ax.add_patch(plt.Rectangle((left, -height / 2), width, height, fc="0.9", ec="black", lw=1.3))
+    ax.text(left + width / 2, 0, name, ha="center", va="center", fontsize=14)
+    ax.text(left + width / 2, -height / 2 - 0.8, shape, ha="center", fontsize=9.5)
+ax.plot([3.2, 3.0, 3.0, 3.2], [-3.6, -3.6, 3.6, 3.6], color="black", lw=1.5)
+ax.plot([17.6, 17.8, 17.8, 17.6], [-3.6, -3.6, 3.6, 3.6], color="black", lw=1.5)
+ax.text(10.4, 4.1, "rotated once, then cached", ha="center")
+ax.set(
+    xlim=(-0.5, 18.5),
+    ylim=(-5.2, 5.2),
+    aspect="equal",
+    title="$(A^⊤B)\\,T_t = A^⊤(B\\,T_t)$: heads on the left, features on the right",
+)
+ax.axis("off")
+plt.show()
+
+# %% [markdown]
+# Now see it hold, for a batch of random factors in float64:
+
+# %% claim="theorem-3.1"
+B, T, R, h = 2, 12, 2, 6
+a, b = torch.randn(B, T, R, h).double(), torch.randn(B, T, R, d_head).double()
+tables = rope_tables(torch.arange(T), d_head, base, torch.float64)
+
+rotate_the_product = apply_rope(assemble(a, b), *tables)  # h rows per token
+rotate_the_factor = assemble(a, apply_rope(b, *tables))  # R rows per token
+assert_close(rotate_the_product, rotate_the_factor)
+print(f"largest difference {(rotate_the_product - rotate_the_factor).abs().max():.1e} on entries of size ~1")
+print(f"rows rotated per token: {h} or {R}")
+
+# %% [markdown]
+# The same function, computed in another order. So which of the two an implementation does is no matter of quality: it
+# only decides what can be cached. TPA caches $B_K T_s$, the **pre-rotated** key factor. Key $s$ was at position $s$
+# when it was written and will be at position $s$ for ever, so its rotation is final. Nothing in the cache is ever
+# rotated again.
+#
+# The value factor $B_V$ is *not* rotated: positions belong in the logits, which decide *where* to look, and values are
+# *what* is found there.
+#
+# ## What attention sees: distances only
+#
+# Put the two halves together. With $\tilde Q_t = Q_t T_t$ and $\tilde K_s = K_s T_s$ (both $h \times d_h$),
+#
+# $$ \tilde Q_t\,\tilde K_s^\top = Q_t\,T_t T_s^\top K_s^\top = Q_t\,T_{t-s}\,K_s^\top , $$
+#
+# and the logits are the diagonal of this matrix (head $i$ with head $i$) over $\sqrt{d_h}$. Here is attention with
+# switches: which factors to rotate, and where the text starts.
+
+
+# %%
+def attend(factors, start=0, rotate="qk", table_dtype=torch.float64):
+    """Logits (B, h, T, T) and output (B, T, h, d_h) for factors of T tokens at positions start, start + 1, ..."""
+    a_q, b_q, a_k, b_k, a_v, b_v = factors
+    tables = rope_tables(torch.arange(start, start + b_q.shape[1]), d_head, base, table_dtype)
+    b_q, b_k, b_v = (apply_rope(b, *tables) if name in rotate else b for name, b in zip("qkv", (b_q, b_k, b_v)))
+    q, k, v = assemble(a_q, b_q), assemble(a_k, b_k), assemble(a_v, b_v)
+    logits = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(d_head)
+    ahead = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+    weights = logits.masked_fill(ahead, -math.inf).softmax(-1)
+    return logits, torch.einsum("bhts,bshd->bthd", weights, v)
+
+
+def random_factors(n_tokens, n_different):
+    """Six random factors; n_different = 1 puts the same token at every position."""
+    widths, ranks = (h, d_head) * 3, (6, 6, 2, 2, 2, 2)
+    return [torch.randn(1, n_different, r, w).double().expand(1, n_tokens, r, w) for r, w in zip(ranks, widths)]
+
+
+# %% [markdown]
+# Move the whole text by 1,000 positions. The logits and the outputs should not notice:
+
+# %% claim="relative-positions"
+factors = random_factors(n_tokens=64, n_different=64)
+logits, out = attend(factors)
+logits_later, out_later = attend(factors, start=1000)
+assert_close(logits_later, logits, rtol=0, atol=1e-10)
+assert_close(out_later, out, rtol=0, atol=1e-10)
+print(f"shifted by 1000: logits change by {(logits_later - logits).abs().max():.0e}")
+print(f"                outputs change by {(out_later - out).abs().max():.0e}")
+
+# %% [markdown]
+# A picture needs a text in which only positions differ: the *same* token everywhere. Then the logit of $(t, s)$ can
+# depend on nothing but $t-s$, and the table of logits must be constant along each diagonal. Beside it, the same model
+# with a bug: only keys are rotated.
+
+# %%
+same_token = random_factors(n_tokens=64, n_different=1)
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.7))
+for ax, rotate, title in (
+    (axes[0], "qk", "Right: only t − s counts"),
+    (axes[1], "k", "Keys only: only s counts"),
+):
+    image = ax.imshow(attend(same_token, rotate=rotate)[0][0, 0], cmap="cividis")
+    ax.set(title=title, xlabel="key position s (tokens)", ylabel="query position t (tokens)")
+    ax.grid(False)
+    fig.colorbar(image, ax=ax, shrink=0.8, label="logit, head 0")
+plt.show()
+
+# %% [markdown]
+# On the left, diagonal stripes: distance is all that counts. On the right, vertical stripes: how interesting a key is
+# depends on its *absolute* place, and the query's own position plays no part.
+#
+# ## What goes wrong, in numbers
+#
+# Three mistakes that run without an error, and that each occur in public code:
+#
+# - **only keys rotated** (or only queries): what you just saw;
+# - **values rotated too**: someone rotates "everything that is cached";
+# - **bfloat16 tables**: cosines and sines are rounded to 8 significant bits, so that a rotation is no longer quite a
+#   rotation.
+#
+# The test is always the same: shift the text, and look at what must not change.
+
+# %%
+versions = {
+    "right": dict(),
+    "only keys rotated": dict(rotate="k"),
+    "values rotated too": dict(rotate="qkv"),
+    "bfloat16 tables": dict(table_dtype=torch.bfloat16),
+}
+print("relative change when the text moves by 1000     logits    outputs")
+change = {}
+for name, options in versions.items():
+    before, after = attend(factors, 0, **options), attend(factors, 1000, **options)
+    change[name] = [((y - x).norm() / x.norm()).item() for x, y in zip(before, after)]
+    print(f"{name:46s} {change[name][0]:8.0e}   {change[name][1]:8.0e}")
+assert max(change["right"]) < 1e-10
+assert change["values rotated too"][0] < 1e-10 < 1e-2 < change["values rotated too"][1]
+assert 1e-4 < change["bfloat16 tables"][0] < 1e-1 < change["only keys rotated"][0]
+
+# %% [markdown]
+# Each mistake has its signature. *Only keys*: the logits change by about their own size, and the outputs follow.
+# *Values too*: the logits are perfect, so a test that looks at logits passes, and the outputs are wrong. *bfloat16*:
+# everything is nearly right, to two or three digits.
+#
+# ### Rotated values fade
+#
+# Why is it bad to rotate values? Attention *averages* values. If they have been turned to different directions, they
+# cancel. Take the same token everywhere again: an average of equal vectors is that vector, whatever the weights.
+
+# %%
+long_text = random_factors(n_tokens=1024, n_different=1)
+_, right = attend(long_text)
+_, turned = attend(long_text, rotate="qkv")
+length = assemble(long_text[4], long_text[5])[0, 0, 0].norm()  # of the value that head 0 reads
+
+fig, ax = plt.subplots()
+for out, style, label in ((right, "-", "values not rotated"), (turned, "--", "values rotated")):
+    curve = out[0, :, 0].norm(dim=-1) / length
+    ax.semilogx(range(1, 1025), curve, style, base=2)
+    ax.annotate(label, (1024, curve[-1]), xytext=(0, 9), textcoords="offset points", ha="right")
+ax.set(xlabel="context length (tokens)", ylabel="length of head 0's output\nover length of the value", ylim=(0, 1.15))
+ax.set_title("Rotated values cancel when they are averaged")
+plt.show()
+assert_close(right[0, :, 0].norm(dim=-1), length.expand(1024))
+
+# %% [markdown]
+# Every token reads the same value, so the output should have its length at every position, and does when values are
+# left alone. With rotated values, more is lost with every doubling of the context: the fast planes have been averaged
+# over all directions. A model can learn around this, which is why the mistake survives training runs; it is then simply
+# not the model of the paper.
+#
+# ### How wrong are coarse tables?
+#
+# Put a query at position $t$ and keys up to 63 tokens before it, and compare their logits with those that the same
+# distances have at the start of the text. The difference should be zero. We rotate in float64 throughout, so that all
+# you see is the error of the *tables*.
+
+
+# %%
+def coarse_tables(positions, angle_dtype, table_dtype):
+    angles = positions.to(angle_dtype)[:, None] * theta.to(angle_dtype)
+    return angles.cos().to(table_dtype), angles.sin().to(table_dtype)
+
+
+def tables_at(positions, kind):
+    if kind == "bfloat16 positions and tables":
+        return coarse_tables(positions, torch.bfloat16, torch.bfloat16)
+    if kind == "bfloat16 tables":
+        return coarse_tables(positions, torch.float32, torch.bfloat16)
+    if kind == "float32 angles and tables":
+        return coarse_tables(positions, torch.float32, torch.float32)
+    return rope_tables(positions, d_head, base, torch.float32)  # float64 angles, float32 tables: this course
+
+
+# %%
+def relative_error(t, kind):
+    """Of the logits of a query at t with the 64 keys that end there, against the exact ones for these distances."""
+    positions = torch.arange(t - 63, t + 1)
+    q, k = (assemble(a, b) for a, b in (same_token[:2], same_token[2:4]))  # (1, 64, h, d_h)
+    exact = attend(same_token)[0][0, :, -1]  # (h, 64)
+    cos, sin = tables_at(positions, kind)
+    found = torch.einsum("hd,shd->hs", apply_rope(q, cos, sin)[0, -1], apply_rope(k, cos, sin)[0]) / math.sqrt(d_head)
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+kinds = (
+    "bfloat16 positions and tables",
+    "bfloat16 tables",
+    "float32 angles and tables",
+    "float64 angles, float32 tables",
+)
+t_values = [2**n for n in range(6, 18)]
+errors = {kind: [relative_error(t, kind) for t in t_values] for kind in kinds}
+assert max(errors[kinds[-1]]) < 1e-6 < 1e-4 < min(errors["bfloat16 tables"])
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 4.2))
+for (kind, values), style in zip(errors.items(), ("-s", "-.^", "--o", "-D")):
+    ax.loglog(t_values, values, style, ms=4, lw=1.5)
+    ax.annotate(kind, (t_values[0], values[0]), xytext=(0, 8), textcoords="offset points")
+ax.set(xlabel="position t (tokens)", ylabel="relative error of the logits", ylim=(1e-8, 10))
+ax.set_title("Coarse tables break the relative-position identity")
+plt.show()
+
+# %% [markdown]
+# Read the curves from the bottom.
+#
+# - Float64 angles rounded once, to float32 tables: the rounding of float32, at every position. This is what
+#   `rope_tables` does.
+# - Float32 angles: fine at first, then the error grows with the position, because a float32 near 100,000 can move only
+#   in steps of 0.008 radians.
+# - bfloat16 tables: a relative error of a few thousandths everywhere, however close the tokens are. The authors'
+#   training code keeps its tables in bfloat16, so its logits satisfy the identity to two or three digits. The paper's
+#   results were trained in that way: it is a coarser function, not a broken one; what you may not do is expect it to
+#   agree with an exact implementation to rounding.
+# - bfloat16 *positions*: whole numbers above 256 cannot all be told apart in bfloat16, so neighbouring tokens share a
+#   position, and past it the answer is noise. A model cast to bfloat16 as a whole, tables included, does this without a
+#   word. That is why `rope_tables` makes its tables from integer positions on each call.
+#
+# ## Why MLA needs a detour
+#
+# Multi-head latent attention (MLA, DeepSeek-V2) also caches something small: one latent vector $c_s$ of width $d_c$ per
+# token. Head $i$'s key is expanded from it by a learned matrix, $k_s^{(i)} = c_s W_i$. The trick that makes MLA fast is
+# never to expand: *absorb* $W_i$ into the query, once per step, and compare with the latents themselves,
+#
+# $$ q^{(i)} (c_s W_i)^\top = \bigl(q^{(i)} W_i^\top\bigr)\, c_s^\top . $$
+
+# %%
+d_c, M = 48, 100
+W = torch.randn(h, d_c, d_head).double() / math.sqrt(d_c)
+c = torch.randn(M, d_c).double()  # the cache: M latents
+q = torch.randn(h, d_head).double()
+
+expanded = torch.einsum("hd,shd->hs", q, torch.einsum("sc,hcd->shd", c, W))  # builds M × h × d_h keys
+absorbed = torch.einsum("hc,sc->hs", torch.einsum("hd,hcd->hc", q, W), c)  # builds h absorbed queries
+assert_close(expanded, absorbed)
+print(f"numbers built: {M * h * d_head:,} for the keys, or {h * d_c:,} for the absorbed queries")
+
+# %% [markdown]
+# Now rotate. The logit becomes
+#
+# $$ q^{(i)} T_t\,(c_s W_i T_s)^\top = q^{(i)}\, T_{t-s}\, W_i^\top\, c_s^\top , $$
+#
+# and $T_{t-s}$ stands *between* the query and $W_i^\top$. The absorbed query $q^{(i)} T_{t-s} W_i^\top$ is now a
+# different one for each cached position $s$: nothing is left to absorb once.
+#
+# Could the latent be rotated instead, before it is cached? That would need a $d_c \times d_c$ matrix $S_s$ with
+# $S_s W_i = W_i T_s$ for *all* heads. Let us look for the best one, by least squares.
+
+
+# %% claim="mla-detour"
+def cannot_be_absorbed(W, s):
+    """Relative error of the best S with S W_i ≈ W_i T_s for all heads; W is (h, d_c, d_h)."""
+    rotated = (W @ rope_matrix(s)).transpose(0, 1).flatten(1)  # (d_c, h · d_h)
+    plain = W.transpose(0, 1).flatten(1)
+    S = torch.linalg.lstsq(plain.T, rotated.T).solution.T
+    return ((S @ plain - rotated).norm() / rotated.norm()).item()
+
+
+widths = [12, 24, 48, 96, 144, 168, 192]  # h · d_h = 192
+mla = [cannot_be_absorbed(torch.randn(h, d_c, d_head).double(), s=1000) for d_c in widths]
+assert mla[0] > 0.9 and mla[-1] < 1e-8
+
+# %%
+fig, ax = plt.subplots()
+ax.plot([d_c / (h * d_head) for d_c in widths], mla, "-o")
+ax.annotate("MLA: the best rotation of the latent", (0.5, mla[3]), xytext=(8, 8), textcoords="offset points")
+tpa_fraction = 2 * (h + d_head) / (2 * h * d_head)
+ax.plot(tpa_fraction, 0, "D", ms=9, color="black", clip_on=False)
+ax.annotate("TPA, rank 2: exact", (tpa_fraction, 0), xytext=(0, 14), textcoords="offset points", ha="center")
+ax.set(
+    xlabel="cached numbers per key, as a fraction of h · d_h",
+    ylabel="relative error of the rotated keys",
+    ylim=(-0.02, 1.08),
+)
+ax.set_title("A latent can be rotated only if it compresses nothing")
+plt.show()
+
+# %% [markdown]
+# For random up-projections the error falls to zero only at the right end, where $d_c = h\,d_h$ and the latent is as
+# large as the keys themselves. TPA's $b$ factors already *live in the feature space* of a head, where $T_s$ acts; what
+# stands to their left mixes heads, and does not get in the way. (The diamond is the $K$ part of a rank-2 cache,
+# $2(h + d_h)$ numbers, drawn at the tiny size of this notebook; it is exact at any rank.)
+#
+# MLA's way out is a **decoupled** part: the latent carries content and no position, and a second, narrow key $k_s^R$ of
+# width $d_R$, shared by all heads, carries position and is rotated before it is cached:
+#
+# $$ \text{logit} = \bigl(q^{(i)} W_i^\top\bigr) c_s^\top + \bigl(q^{R,(i)} T_t\bigr)\bigl(k^R_s T_s\bigr)^\top . $$
+
+# %% tags=["nbval-check-output"]
+# The paper's small model: d_c = 256, d_R = 32 for MLA; h = 34, d_h = 64, R_K = R_V = 2 for TPA.
+print("MLA caches d_c + d_R              =", 256 + 32, "numbers per token and layer")
+print("TPA caches (R_K + R_V)(h + d_h)   =", (2 + 2) * (34 + 64), "numbers per token and layer")
+
+# %% [markdown]
+# So the price of the detour is $d_R$ more cached numbers, extra projections, and a head whose content features never
+# see a position. It is not a price in bytes against TPA: at this size MLA caches *less*. What TPA gains is that RoPE
+# fits in without any special part: every feature is rotated, as in the model one would have had without compression.
+#
+# ## Exercises
+#
+# ### Exercise 1 · What commutes with RoPE? (5 to 10 minutes)
+#
+# Theorem 3.1 holds because multiplying from the left commutes with rotating on the right. Which of the following may be
+# done to the rows of $b_k$ (shape $R \times d_h$, one token) **either before or after** RoPE, at *every* position, with
+# the same result? Answer with `True` or `False`, by thought, or by experiment with `apply_rope`.
+#
+# - `"mix_ranks"`: multiply from the left by an $R \times R$ matrix;
+# - `"feature_matrix"`: multiply from the right by a learned $d_h \times d_h$ matrix;
+# - `"feature_gain"`: multiply feature $e$ by a learned gain $g_e$ (as RMSNorm's gain does);
+# - `"unit_length"`: divide each row by its length;
+# - `"bias"`: add a learned row vector to each row;
+# - `"number"`: multiply by a number that depends on the token.
+
+
+# %% tags=["exercise"]
+def commutes_with_rope():
+    # return {"mix_ranks": True or False, "feature_matrix": ..., and so on for all six}
+    raise NotImplementedError
+
+
+# %% tags=["solution"]
+def commutes_with_rope():
+    return {
+        "mix_ranks": True,  # from the left: Theorem 3.1 once more
+        "feature_matrix": False,  # from the right, as MLA's up-projection: it meets T_s
+        "feature_gain": False,  # the two features of a plane get different gains
+        "unit_length": True,  # a rotation does not change a length
+        "bias": False,  # the bias is rotated in one order and not in the other
+        "number": True,
+    }
+
+
+# %%
+checks.ex03_1(commutes_with_rope)
+
+# %% [markdown]
+# ### Exercise 2 · The other layout (10 minutes)
+#
+# Write RoPE in the **interleaved** layout: plane $j$ is made of features $2j$ and $2j+1$. Same row-vector convention,
+# same sense of rotation, same tables, same shapes as `apply_rope`. Hint: `x[..., 0::2]` and `x[..., 1::2]`; the result
+# must be interleaved again.
+
+
+# %% tags=["exercise"]
+def apply_rope_interleaved(x, cos, sin):
+    # x: (B, T, any, d_h); cos, sin: (T, d_h/2); returns the shape of x
+    raise NotImplementedError
+
+
+# %% tags=["solution"]
+def apply_rope_interleaved(x, cos, sin):
+    x1, x2 = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).flatten(-2)
+
+
+# %%
+checks.ex03_2(apply_rope_interleaved)
+
+# %% [markdown]
+# ### Exercise 3 · Move a cache (10 minutes)
+#
+# A cache holds pre-rotated factors $b_k$ of $M$ tokens; the unrotated ones are gone. You cut the first `by` tokens of
+# the text off, and want the cache of what is left to look *as if that text had started at position 0*: each remaining
+# token's position becomes smaller by `by`. Write the function that turns the cached factors into what they must be now.
+#
+# (Is it needed for attention to be right? Think about that too: if new queries keep counting from the old positions,
+# wish 1 says that nothing has to be moved.)
+
+
+# %% tags=["exercise"]
+def move_back(b_k, by, base):
+    # b_k: (B, M, R, d_h), each already rotated at its own position; use rope_tables(..., b_k.dtype) and apply_rope
+    raise NotImplementedError
+
+
+# %% tags=["solution"]
+def move_back(b_k, by, base):
+    # b T_s is to become b T_{s - by} = b T_s T_{-by}: one and the same rotation, by -by, for all tokens.
+    return apply_rope(b_k, *rope_tables(torch.tensor([-by]), b_k.shape[-1], base, b_k.dtype))
+
+
+# %%
+checks.ex03_3(move_back)
+
+# %% [markdown]
+# ### Exercise 4 · Find the bug from outside (20 minutes)
+#
+# You are given an attention layer that you cannot read: `layer(x, start)` takes tokens `x` of shape
+# `(1, T, layer.d_model)` in float64, at positions `start, start + 1, ...`, and returns its logits `(1, h, T, T)` and
+# its outputs `(1, T, h, d_h)`. Write a function that tells which of the four versions above it is, from its behaviour
+# alone: `"right"`, `"only keys rotated"`, `"values rotated too"` or `"bfloat16 tables"`. The checker will try layers
+# with large and with tiny activations.
+
+
+# %% tags=["exercise"]
+def find_bug(layer):
+    # x = torch.randn(1, 32, layer.d_model, dtype=torch.float64); logits, out = layer(x, start=0)
+    raise NotImplementedError
+
+
+# %% tags=["solution"]
+def find_bug(layer):
+    x = torch.randn(1, 32, layer.d_model, dtype=torch.float64)
+    before, after = layer(x, start=0), layer(x, start=1000)
+    logits, out = (((new - old).norm() / old.norm()).item() for old, new in zip(before, after))
+    if logits > 0.1:
+        return "only keys rotated"
+    if logits > 1e-6:
+        return "bfloat16 tables"
+    return "values rotated too" if out > 1e-6 else "right"
+
+
+# %%
+checks.ex03_4(find_bug)
+
+# %% [markdown]
+# ## Summary
+#
+# - RoPE turns each pair of features by an angle proportional to the position; a dot product then depends on the
+#   distance alone, because $T_t T_s^\top = T_{t-s}$.
+# - Conventions to state whenever code is shared: rows times $T_t$ (clockwise), half-split pairs, absolute positions,
+#   tables in float32 from float64 angles.
+# - **Theorem 3.1**: rotating $B$ is rotating the assembled matrix, because heads are mixed from the left and features
+#   turned from the right. So $b_q$ and $b_k$ are rotated, $b_v$ never, and the cache holds rotated $b_k$, final once
+#   written.
+# - The shift test finds wrong RoPE; look at logits *and* outputs.
+# - MLA's up-projection stands to the right of the latent, where RoPE acts, and random ones cannot be moved past it;
+#   hence its separate rotated part.
+#
+# **Next:** [04 · MHA, MQA and GQA as special cases](04_special_cases.ipynb)
