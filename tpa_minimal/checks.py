@@ -40,6 +40,283 @@ def exercise(check):
     return run
 
 
+def equals(got, expected, rtol: float = 1e-9) -> bool:
+    """Whether two numbers or tensors agree up to rounding, relative to the scale of what is expected."""
+    got, expected = torch.as_tensor(got), torch.as_tensor(expected)
+    if got.shape != expected.shape:
+        return False
+    error = (got.double() - expected.double()).abs().max()
+    return bool(error <= rtol * expected.double().abs().max())  # False for nan
+
+
+def judge(got, expected, mistakes: dict, otherwise: str) -> None:
+    """Raise WrongAnswer unless `got` equals `expected`; `mistakes` maps each diagnosis to what that mistake gives."""
+    if isinstance(expected, torch.Tensor):
+        if not isinstance(got, torch.Tensor):
+            raise WrongAnswer(f"expected a tensor of shape {tuple(expected.shape)}, got {type(got).__name__}")
+        if got.shape != expected.shape:
+            raise WrongAnswer(f"expected shape {tuple(expected.shape)}, got {tuple(got.shape)}")
+    elif isinstance(got, bool) or not isinstance(got, (int, float)):
+        raise WrongAnswer(f"expected a number, got {got!r}")
+    if equals(got, expected):
+        return
+    for diagnosis, wrong in mistakes.items():
+        if equals(got, wrong):
+            raise WrongAnswer(diagnosis)
+    if isinstance(got, torch.Tensor) and got.isnan().any():
+        raise WrongAnswer("the result contains nan: does some softmax see no key at all?")
+    raise WrongAnswer(otherwise)
+
+
+def judge_choices(got, key: dict, reasons: dict) -> None:
+    """Raise WrongAnswer for the first case of `key` that is answered wrongly or left open, with its reason."""
+    if not isinstance(got, dict) or set(got) != set(key):
+        raise WrongAnswer(f"return a dict with the keys {', '.join(key)}")
+    for case, right in key.items():
+        if got[case] is ...:
+            raise WrongAnswer(f"case {case} is still open")
+        if isinstance(got[case], bool) != isinstance(right, bool) or got[case] != right:
+            raise WrongAnswer(f"case {case}: not {got[case]}. {reasons[case]}")
+
+
+# ------------------------------------------------------------------------------------------------ 01
+
+
+@exercise
+def ex01_1(attempt):
+    """Which cached keys and values stay right when the text changes."""
+    judge_choices(
+        attempt(),
+        dict(a=True, b=True, c=False, d=True, e=True, f=False),
+        dict(
+            a="With the causal mask an old token has never depended on what follows it, at any depth",
+            b="What does a key of the first layer depend on? Only on its own token's embedding",
+            c="Layer 2 reads what layer 1 mixed; without a mask the new token went into that mixture",
+            d="With the causal mask, tokens before 50 cannot know that token 50 has changed",
+            e="A key of the first layer depends on its own token alone, and these tokens were not replaced",
+            f="These tokens attended to token 50 in layer 1, so the input of layer 2 has changed",
+        ),
+    )
+
+
+@exercise
+def ex01_2(attempt):
+    """The longest context that fits a memory."""
+    cases = [
+        (80 * 10**9, 13_476_831_232, 32, 32, 128, 1, 2),
+        (80 * 10**9, 13_476_831_232, 32, 32, 128, 7, 2),
+        (24 * 10**9, 16_060_522_496, 32, 8, 128, 3, 1),
+        (10**9, 2 * 10**9, 12, 12, 64, 1, 2),
+    ]
+    for case in cases:
+        memory, weights, n_layer, n_kv_head, d_head, batch_size, bytes_per_number = case
+        free, numbers = max(0, memory - weights), 2 * n_kv_head * d_head * n_layer * batch_size
+        per_token = numbers * bytes_per_number
+        got = attempt(*case)
+        if isinstance(got, (int, float)) and got < 0:
+            raise WrongAnswer("the weights alone exceed the memory here: return 0, not a negative length")
+        judge(
+            got,
+            free // per_token,
+            {
+                "twice too long: a token leaves a key and a value": free // (per_token // 2),
+                "too long: every layer has its own cache": free * n_layer // per_token,
+                "too long: each of the batch_size sequences needs its own cache": free * batch_size // per_token,
+                "the weights occupy memory too: subtract them first": memory // per_token,
+                "you counted numbers, not bytes": free // numbers,
+                "these are bits: memory is given in bytes, and so is bytes_per_number": free // (8 * per_token),
+                "one token too many: round down, a part of a token cannot be cached": -(-free // per_token),
+                "whole tokens only: round down to an int": free / per_token,
+            },
+            "count the bytes that one more token of every sequence costs, and divide what is left by them",
+        )
+        if not isinstance(got, int):
+            raise WrongAnswer(f"whole tokens only: return an int, not {got!r}")
+
+
+def _attend(q, k, v, mask, scale=None, axis=-1):
+    logits = torch.einsum("thd,shd->hts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.einsum("hts,shd->thd", logits.masked_fill(~mask, -math.inf).softmax(axis), v)
+
+
+def _attention_mistakes(q, k, v):
+    """Wrong causal attention of the last T of M tokens, by diagnosis; q (T, h, d_h), k and v (M, h, d_h)."""
+    T, M = len(q), len(k)
+    everything = torch.ones(T, M, dtype=torch.bool)
+    return {
+        "the mask is aligned with the first key: query t of the chunk stands at position M - T + t, not t": _attend(
+            q, k, v, everything.tril()
+        ),
+        "queries see keys of their own future: the causal mask is missing": _attend(q, k, v, everything),
+        "a query does not see its own key: the diagonal belongs to the past": _attend(
+            q, k, v, everything.tril(M - T - 1)
+        ),
+        "each query sees one key too many: the first key of its future": _attend(q, k, v, everything.tril(M - T + 1)),
+        "the logits are not divided by √d_h": _attend(q, k, v, everything.tril(M - T), scale=1),
+        "the logits are divided by d_h, not by its square root": _attend(
+            q, k, v, everything.tril(M - T), scale=1 / q.shape[-1]
+        ),
+        "the softmax runs over the queries: the weights of one query, over all its keys, must sum to 1": _attend(
+            q, k, v, everything.tril(M - T), axis=-2
+        ),
+    }
+
+
+@exercise
+def ex01_3(attempt):
+    """Causal attention for a chunk of new tokens against a longer past."""
+    generator = torch.Generator().manual_seed(0)
+    for T, M in ((5, 5), (1, 7), (3, 8)):
+        q = torch.randn(T, 4, 6, dtype=torch.float64, generator=generator)
+        k, v = torch.randn(2, M, 4, 6, dtype=torch.float64, generator=generator)
+        right = _attend(q, k, v, torch.ones(T, M, dtype=torch.bool).tril(M - T))
+        judge(attempt(q, k, v), right, _attention_mistakes(q, k, v), f"wrong for {T} queries and {M} keys")
+
+
+@exercise
+def ex01_4(attempt):
+    """Grouped-query attention."""
+    generator = torch.Generator().manual_seed(0)
+    for G in (4, 2, 1):
+        q = torch.randn(5, 4, 6, dtype=torch.float64, generator=generator)
+        k, v = torch.randn(2, 5, G, 6, dtype=torch.float64, generator=generator)
+        own = [x.repeat_interleave(4 // G, dim=1) for x in (k, v)]
+        dealt = [x.repeat(1, 4 // G, 1) for x in (k, v)]
+        mean = [x.mean(1, keepdim=True).expand(-1, 4, -1) for x in (k, v)]
+        mask = torch.ones(5, 5, dtype=torch.bool).tril()
+        mistakes = {
+            "head i reads group i % G, as cards are dealt; neighbours should share: `repeat_interleave`, not "
+            "`repeat`": _attend(q, *dealt, mask),
+            "the groups share their keys, but not their values": _attend(q, own[0], dealt[1], mask),
+            "keys and values are averaged over the groups: each head reads its own group only": _attend(q, *mean, mask),
+        }
+        judge(
+            attempt(q, k, v),
+            _attend(q, *own, mask),
+            {**mistakes, **_attention_mistakes(q, *own)},
+            f"wrong for 4 query heads and {G} key heads",
+        )
+
+
+# ------------------------------------------------------------------------------------------------ 02
+
+
+@exercise
+def ex02_1(attempt):
+    """The best rank-R factors of a matrix, as Eq. 3.1 wants them."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(6, 10, dtype=torch.float64, generator=generator)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    for R in (1, 3, 6):
+        got = attempt(matrix, R)
+        if not isinstance(got, tuple) or len(got) != 2:
+            raise WrongAnswer("return two tensors, a and b")
+        a, b = got
+        if a.shape == (6, R) and R != 6:
+            raise WrongAnswer(f"a has shape {tuple(a.shape)}: factors are rank-major, one row per rank, (R, h)")
+        if a.shape != (R, 6) or b.shape != (R, 10):
+            raise WrongAnswer(
+                f"for R={R}, h=6, d_h=10 a must be ({R}, 6) and b ({R}, 10), not {tuple(a.shape)}, {tuple(b.shape)}"
+            )
+
+        def fit(weights, columns, divisor):
+            return (u[:, columns] * weights[columns]) @ vh[columns] / divisor
+
+        first, last = slice(0, R), slice(6 - R, 6)
+        judge(
+            a.mT @ b / R,
+            fit(s, first, 1),
+            {
+                f"{R} times too small: `assemble` divides by R, so the factors must carry R": fit(s, first, R),
+                "R times too large: the factor R belongs to a or to b, not to both": fit(s, first, 1 / R),
+                "the singular values went into both factors: s into one of them, or its root into each": fit(
+                    s**2, first, 1
+                ),
+                "the singular values went into both factors, and R into none": fit(s**2, first, R),
+                "the singular values are missing: their sizes belong into a or b": fit(s**0, first, 1),
+                "the singular values and the factor R are missing": fit(s**0, first, R),
+                "these are the smallest singular values; the best fit keeps the largest": fit(s, last, 1),
+            },
+            f"assemble(a, b) is not the best rank-{R} fit of the matrix",
+        )
+
+
+@exercise
+def ex02_2(attempt):
+    """The largest rank at which factors take less room than keys and values."""
+    for h, d_head in ((12, 64), (64, 128), (34, 64), (64, 64), (4, 4), (2, 2)):
+        product, total = h * d_head, h + d_head
+        judge(
+            attempt(h, d_head),
+            (product - 1) // total,
+            {
+                f"h={h}, d_h={d_head}: at this rank both take equally much; smaller was asked": product // total,
+                f"h={h}, d_h={d_head}: twice too large, keys *and* values are factorized: 2R(h + d_h)": (
+                    2 * product - 1
+                )
+                // total,
+                f"h={h}, d_h={d_head}: half of it would be right if one rank served both; R_K = R_V = R": (product - 1)
+                // (2 * total),
+                f"h={h}, d_h={d_head}: min(h, d_h) is the largest rank there is, not the largest that saves": min(
+                    h, d_head
+                ),
+                f"h={h}, d_h={d_head}: whole ranks only; round down to an int": product / total,
+            },
+            f"wrong for h={h}, d_h={d_head}: compare R(h + d_h) numbers with h · d_h",
+        )
+
+
+@exercise
+def ex02_3(attempt):
+    """What happens to keys and logits when the hidden states are scaled."""
+    judge_choices(
+        attempt(),
+        dict(a=2, b=4, c=4, d=16, e=8, f=1),
+        dict(
+            a="MHA's key is a linear map of x",
+            b="Both factors of TPA's key are linear in x, and the key is their product",
+            c="The query doubles and the key doubles",
+            d="The query is a product of two factors that double, and so is the key",
+            e="Here the query is linear in x; the key is still a product of two factors",
+            f="Both factors change their sign, and the key is their product",
+        ),
+    )
+
+
+@exercise
+def ex02_4(attempt):
+    """The logits' standard deviation at the start."""
+    from tpa_minimal.tpa import T6Config, factor_bound
+
+    small = dict(vocab_size=50304, n_layer=1, d_model=768, n_head=34, d_head=64)
+    other = dict(vocab_size=100, n_layer=1, d_model=256, n_head=10, d_head=48, rank_q=3, rank_k=4)
+    for config in (T6Config(**small), T6Config(**other), T6Config(**small, init="authors")):
+        right = 1.0
+        for rank in (config.rank_q, config.rank_k):
+            for width, is_head_factor in ((config.n_head, True), (config.d_head, False)):
+                right *= factor_bound(config, rank, width, is_head_factor) ** 2 / 3 * config.d_model
+            right /= rank
+        right **= 0.5
+        paper, ranks = config.init == "paper", config.rank_q * config.rank_k
+        rule = "" if paper else 'right for init="paper", wrong for "authors"; '
+        judge(
+            attempt(config),
+            right,
+            {
+                "this is the variance: take its square root": right**2,
+                "R_Q · R_K times too large: 1/R divides the whole sum, in q and in k": right * ranks,
+                "√(R_Q · R_K) times too large: a factor 1/R divides the variance by R²": right * ranks**0.5,
+                "√(R_Q · R_K) times too small: the variance of a sum of R terms is R times that of one": right
+                / ranks**0.5,
+                "9 times too large: uniform on (-bound, bound) has the variance bound²/3, not bound²": right * 9,
+                "too small: each entry of a factor sums d_model products": right / config.d_model**2,
+                "√d_h times too large: the logit is q · k / √d_h": right * config.d_head**0.5,
+                "√d_h times too small: q · k sums d_h products": right / config.d_head**0.5,
+            },
+            rule + f"expected about {right:.3g}: first var(a) and var(b), then var(q) and var(k), then q · k / √d_h",
+        )
+
+
 # ------------------------------------------------------------------------------------------------ 03
 
 
