@@ -149,7 +149,9 @@ class FactorCache:
     b_k is stored as rotated (Theorem 3.1), so nothing is rotated again. Gradients do not flow into a cache.
     """
 
-    def __init__(self, config: T6Config, batch_size: int, max_len: int | None = None, device=None, dtype=None):
+    def __init__(
+        self, config: T6Config, batch_size: int, max_len: int | None = None, device=None, dtype=None, widths=None
+    ):
         self.max_len = config.max_len if max_len is None else max_len
         if batch_size < 1 or self.max_len < 1:
             raise ValueError(f"batch_size={batch_size}, max_len={self.max_len}: both must be 1 or more")
@@ -160,10 +162,11 @@ class FactorCache:
 
         # Memory order serves the products of `factor_attention`: logits are (h, M) tables that a_k and a_v scale
         # entry by entry, so positions run fastest there; b_k and b_v are the (M, d_h) operands of a matrix product.
-        self._a_k = room(config.rank_k, config.n_head, self.max_len)
-        self._b_k = room(config.rank_k, self.max_len, config.d_head)
-        self._a_v = room(config.rank_v, config.n_head, self.max_len)
-        self._b_v = room(config.rank_v, self.max_len, config.d_head)
+        h_k, d_k, h_v, d_v = widths or (config.n_head, config.d_head) * 2  # a variant keeps less of some factors
+        self._a_k = room(config.rank_k, h_k, self.max_len)
+        self._b_k = room(config.rank_k, self.max_len, d_k)
+        self._a_v = room(config.rank_v, h_v, self.max_len)
+        self._b_v = room(config.rank_v, self.max_len, d_v)
 
     def _views(self, start: int, end: int) -> tuple[Tensor, ...]:
         a, b = (0, 3, 1, 2), (0, 2, 1, 3)  # to the order (B, M, R, ·) of the rest of the file
@@ -278,22 +281,25 @@ class TensorProductAttention(nn.Module):
     def __init__(self, config: T6Config):
         super().__init__()
         self.config = config
-        ranks = (config.rank_q, config.rank_k, config.rank_v)
-        self.sizes = [rank * width for rank in ranks for width in (config.n_head, config.d_head)]
+        ranks = [config.rank_q] * 2 + [config.rank_k] * 2 + [config.rank_v] * 2
+        self.shapes = list(zip(ranks, self.factor_widths()))  # (R, h) or (R, d_h) of a_q, b_q, a_k, b_k, a_v, b_v
+        self.sizes = [rank * width for rank, width in self.shapes]
         # One product for all six factors is faster than six; rows are in the order a_q, b_q, a_k, b_k, a_v, b_v.
         self.factor_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
         self.out_proj = nn.Linear(config.n_head * config.d_head, config.d_model, bias=False)
         self.reset_parameters()
 
+    def factor_widths(self) -> tuple[int, ...]:
+        """How many numbers of a row of a_q, b_q, a_k, b_k, a_v and b_v each token brings; variants answer otherwise."""
+        return (self.config.n_head, self.config.d_head) * 3
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the factor weights as `config.init` says; start the output matrix at zero, as the authors' code does."""
-        c = self.config
-        weights = iter(self.factor_proj.weight.split(self.sizes))
-        for rank in (c.rank_q, c.rank_k, c.rank_v):
-            for width, is_head_factor in ((c.n_head, True), (c.d_head, False)):
-                bound = factor_bound(c, rank, width, is_head_factor)
-                next(weights).uniform_(-bound, bound)
+        weights = self.factor_proj.weight.split(self.sizes)
+        for i, (weight, (rank, width)) in enumerate(zip(weights, self.shapes)):
+            bound = factor_bound(self.config, rank, width, is_head_factor=i % 2 == 0)
+            weight.uniform_(-bound, bound)
         self.out_proj.weight.zero_()
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -301,22 +307,25 @@ class TensorProductAttention(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         return rope_tables(positions, self.config.d_head, self.config.rope_base, wide)
 
+    def project(self, x: Tensor) -> list[Tensor]:
+        """The factors before rotation: (B, T, d_model) -> six tensors (B, T, R, h) or (B, T, R, d_h)."""
+        parts = self.factor_proj(x).split(self.sizes, dim=-1)
+        return [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes)]
+
     def factors(self, x: Tensor, start: int = 0) -> tuple[Tensor, ...]:
         """a_q, b_q, a_k, b_k, a_v, b_v of tokens at positions start, start + 1, ...; b_q and b_k rotated.
 
         x: (B, T, d_model) -> six tensors (B, T, R, h) or (B, T, R, d_h).
         """
-        c = self.config
-        widths = (c.n_head, c.d_head) * 3
-        parts = self.factor_proj(x).split(self.sizes, dim=-1)
-        a_q, b_q, a_k, b_k, a_v, b_v = (p.unflatten(-1, (-1, width)) for p, width in zip(parts, widths))
+        a_q, b_q, a_k, b_k, a_v, b_v = self.project(x)
         cos, sin = self.rope(torch.arange(start, start + x.shape[1], device=x.device), x.dtype)
         return a_q, apply_rope(b_q, cos, sin), a_k, apply_rope(b_k, cos, sin), a_v, b_v
 
     def new_cache(self, batch_size: int, max_len: int | None = None, device=None, dtype=None) -> FactorCache:
         """An empty cache for this layer, by default in the layer's own dtype and on its device."""
         weight = self.out_proj.weight
-        return FactorCache(self.config, batch_size, max_len, device or weight.device, dtype or weight.dtype)
+        widths = self.factor_widths()[2:]
+        return FactorCache(self.config, batch_size, max_len, device or weight.device, dtype or weight.dtype, widths)
 
     def forward(self, x: Tensor, cache: FactorCache | None = None) -> Tensor:
         """Attend from each token of x to itself and all before it, the cached ones included.
@@ -331,13 +340,15 @@ class TensorProductAttention(nn.Module):
             held = cache.append(a_k, b_k, a_v, b_v)
             if start > 0:
                 a_k, b_k, a_v, b_v = (factor.to(b_q.dtype) for factor in held)
-        # 3. Attend, in factor space while decoding, with assembled q, k, v in training and prefill.
-        if start > 0 and x.shape[1] <= self.max_factor_space_tokens:
-            out = factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, start=start)
-        else:
-            out = causal_attention(assemble(a_q, b_q), assemble(a_k, b_k), assemble(a_v, b_v))
-        # 4. Concatenate the heads and mix them.
+        # 3. Attend, then concatenate the heads and mix them.
+        out = self.attend(a_q, b_q, a_k, b_k, a_v, b_v, start)
         return self.out_proj(out.flatten(2))
+
+    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> Tensor:
+        """In factor space while decoding; with assembled q, k, v in training and prefill. Returns (B, T, h, d_h)."""
+        if start > 0 and a_q.shape[1] <= self.max_factor_space_tokens:
+            return factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, start=start)
+        return causal_attention(assemble(a_q, b_q), assemble(a_k, b_k), assemble(a_v, b_v))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
