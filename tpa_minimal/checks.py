@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from tpa_minimal.tpa import apply_rope, assemble, rope_tables
+from tpa_minimal.tpa import T6, T6Config, apply_rope, assemble, factor_bound, rope_tables
 
 
 class WrongAnswer(Exception):
@@ -77,6 +77,17 @@ def judge_choices(got, key: dict, reasons: dict) -> None:
             raise WrongAnswer(f"case {case} is still open")
         if isinstance(got[case], bool) != isinstance(right, bool) or got[case] != right:
             raise WrongAnswer(f"case {case}: not {got[case]}. {reasons[case]}")
+
+
+def _diagnose(given, answers, cases):
+    """Raise WrongAnswer with the key of `answers` whose list equals `given`; the key "" is the right one."""
+    if given == answers[""]:
+        return
+    for say, values in answers.items():
+        if given == values:
+            raise WrongAnswer(say)
+    case, got, right = next(row for row in zip(cases, given, answers[""]) if row[1] != row[2])
+    raise WrongAnswer(f"for {case} you say {got}, and it is {right}")
 
 
 # ------------------------------------------------------------------------------------------------ 01
@@ -286,8 +297,6 @@ def ex02_3(attempt):
 @exercise
 def ex02_4(attempt):
     """The logits' standard deviation at the start."""
-    from tpa_minimal.tpa import T6Config, factor_bound
-
     small = dict(vocab_size=50304, n_layer=1, d_model=768, n_head=34, d_head=64)
     other = dict(vocab_size=100, n_layer=1, d_model=256, n_head=10, d_head=48, rank_q=3, rank_k=4)
     for config in (T6Config(**small), T6Config(**other), T6Config(**small, init="authors")):
@@ -492,3 +501,118 @@ def ex03_4(attempt):
                 raise WrongAnswer(f"you called '{answer}' a layer that is '{truth}': {hint}.{size}")
     finally:
         torch.random.set_rng_state(state)
+
+
+# ------------------------------------------------------------------------------------------------ 07
+
+
+@exercise
+def ex07_1(shared_b_heads):
+    """The head count at which TPA with B_K = B_V has MHA's weights."""
+
+    def heads(fixed, per_head, d_model, to_int=round):
+        return to_int((4 * d_model - fixed) / per_head)
+
+    cases = [
+        (768, 64, 6, 2),
+        (1024, 64, 6, 2),
+        (1600, 64, 6, 2),
+        (2048, 128, 8, 1),
+        (4096, 128, 16, 4),
+        (520, 32, 3, 3),
+    ]
+    given = [shared_b_heads(*case) for case in cases]
+    if not all(isinstance(n, int) for n in given):
+        raise WrongAnswer("return a whole number: a layer has no fraction of a head")
+    answers = {
+        "": lambda d, w, q, r: heads((q + r) * w, q + 2 * r + w, d),
+        "you counted two feature factors for keys and values; B_K = B_V is computed once": lambda d, w, q, r: heads(
+            (q + 2 * r) * w, q + 2 * r + w, d
+        ),
+        "you shared the head factors too; only B is shared, A_K and A_V stay separate": lambda d, w, q, r: heads(
+            (q + r) * w, q + r + w, d
+        ),
+        "the output matrix is missing: d_model · h · d_h weights, so d_h more per head": lambda d, w, q, r: heads(
+            (q + r) * w, q + 2 * r, d
+        ),
+        "the feature factors are missing: (R_Q + R) · d_h weights per input feature, whatever h is": (
+            lambda d, w, q, r: heads(0, q + 2 * r + w, d)
+        ),
+        "always rounded down: the nearest whole number was asked for": lambda d, w, q, r: heads(
+            (q + r) * w, q + 2 * r + w, d, math.floor
+        ),
+        "always rounded up: the nearest whole number was asked for": lambda d, w, q, r: heads(
+            (q + r) * w, q + 2 * r + w, d, math.ceil
+        ),
+    }
+    _diagnose(given, {say: [rule(*case) for case in cases] for say, rule in answers.items()}, cases)
+
+
+@exercise
+def ex07_2(top_p):
+    """Nucleus sampling's filter."""
+    # Row 0: probabilities .5 .2 .2 .1 out of order, so that .5 + .2 crosses 0.6; row 1 is nearly certain.
+    logits = torch.log(torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.01, 0.01, 0.95, 0.03]]))
+    before = logits.clone()
+    out = top_p(logits, 0.6)
+    if not isinstance(out, torch.Tensor) or out.shape != logits.shape:
+        raise WrongAnswer(f"return logits of the shape that came in, {tuple(logits.shape)}")
+    if not torch.equal(logits, before):
+        raise WrongAnswer(
+            "the logits that were passed in have changed: masked_fill returns a copy, masked_fill_ does not"
+        )
+    kept = (out > -math.inf).tolist()
+    right = [[False, True, False, True], [False, False, True, False]]
+    if kept != right:
+        if kept[0] == [True, True, False, False] or kept[0] == [True, False, False, False]:
+            raise WrongAnswer("the mask is in sorted order: bring it back to the vocabulary's with scatter or gather")
+        if not any(kept[1]):
+            raise WrongAnswer(
+                "a row with one very likely token keeps nothing: the token that crosses p belongs to the nucleus"
+            )
+        if kept[0] == [False, True, False, False]:
+            raise WrongAnswer("the token that crosses p is missing: 0.5 alone is below 0.6, 0.5 + 0.25 reaches it")
+        if not kept[0][1]:
+            raise WrongAnswer("the likeliest token is gone: sort in descending order")
+        if kept[0] == right[0]:
+            raise WrongAnswer("the first row is right and the second is not: treat each row by itself (dim=-1)")
+        raise WrongAnswer(f"for probabilities {before[0].exp().tolist()} and p = 0.6 you keep {kept[0]}")
+    finite = out[out > -math.inf]
+    if not torch.allclose(finite, before[out > -math.inf]):
+        raise WrongAnswer("the right tokens are kept, but their values changed: return logits, not probabilities")
+    many = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    if (top_p(many, 1.0) == -math.inf).sum() > 4:  # rounding may drop the last token of a row
+        raise WrongAnswer("p = 1 should keep every token")
+    exact = top_p(torch.log(torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64)).float(), 0.5)
+    if (exact > -math.inf).sum() != 1:
+        raise WrongAnswer("0.5 alone reaches p = 0.5, so one token is enough: stop at p or more, not above p")
+
+
+@exercise
+def ex07_3(moved_by_the_first_step):
+    """Which weights have a gradient at the first step, measured on a real model."""
+    names = ("embedding", "factor_proj", "out_proj", "gate_proj", "up_proj", "down_proj")
+    given = moved_by_the_first_step()
+    if not isinstance(given, (set, list, tuple)) or set(given) - set(names):
+        raise WrongAnswer(f"return a set of names among {', '.join(names)}")
+    model = T6(T6Config(vocab_size=16, n_layer=2, d_model=16, n_head=2, d_head=8))
+    tokens = torch.arange(12).view(2, 6)
+    torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), (tokens + 1).flatten()).backward()
+    moved = {
+        name
+        for name in names
+        for key, p in model.named_parameters()
+        if name in key and p.grad is not None and p.grad.any()
+    }
+    reasons = {
+        "embedding": "it is reached along the residual stream, where nothing is multiplied by zero, and as output matrix",
+        "factor_proj": "its gradient comes back through out_proj, which is zero",
+        "gate_proj": "its gradient comes back through down_proj, which is zero",
+        "up_proj": "its gradient comes back through down_proj, which is zero",
+        "out_proj": "it is zero itself, but what it multiplies is not, and that is what its gradient is made of",
+        "down_proj": "it is zero itself, but what it multiplies is not, and that is what its gradient is made of",
+    }
+    for name in names:
+        if (name in given) != (name in moved):
+            does = "does move" if name in moved else "does not move"
+            raise WrongAnswer(f"{name} {does}: {reasons[name]}")
