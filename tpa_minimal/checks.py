@@ -114,8 +114,8 @@ def ex01_1(attempt):
 def ex01_2(attempt):
     """The longest context that fits a memory."""
     cases = [
+        (80 * 10**9, 13_476_831_232, 32, 32, 128, 7, 4),
         (80 * 10**9, 13_476_831_232, 32, 32, 128, 1, 2),
-        (80 * 10**9, 13_476_831_232, 32, 32, 128, 7, 2),
         (24 * 10**9, 16_060_522_496, 32, 8, 128, 3, 1),
         (10**9, 2 * 10**9, 12, 12, 64, 1, 2),
     ]
@@ -177,7 +177,7 @@ def _attention_mistakes(q, k, v):
 def ex01_3(attempt):
     """Causal attention for a chunk of new tokens against a longer past."""
     generator = torch.Generator().manual_seed(0)
-    for T, M in ((5, 5), (1, 7), (3, 8)):
+    for T, M in ((3, 8), (5, 5), (1, 7)):
         q = torch.randn(T, 4, 6, dtype=torch.float64, generator=generator)
         k, v = torch.randn(2, M, 4, 6, dtype=torch.float64, generator=generator)
         right = _attend(q, k, v, torch.ones(T, M, dtype=torch.bool).tril(M - T))
@@ -513,14 +513,7 @@ def ex07_1(shared_b_heads):
     def heads(fixed, per_head, d_model, to_int=round):
         return to_int((4 * d_model - fixed) / per_head)
 
-    cases = [
-        (768, 64, 6, 2),
-        (1024, 64, 6, 2),
-        (1600, 64, 6, 2),
-        (2048, 128, 8, 1),
-        (4096, 128, 16, 4),
-        (520, 32, 3, 3),
-    ]
+    cases = [(768, 64, 6, 2), (1024, 64, 6, 2), (1600, 64, 6, 2), (2048, 128, 8, 1), (4096, 128, 16, 4)]
     given = [shared_b_heads(*case) for case in cases]
     if not all(isinstance(n, int) for n in given):
         raise WrongAnswer("return a whole number: a layer has no fraction of a head")
@@ -559,7 +552,7 @@ def ex07_2(top_p):
         raise WrongAnswer(f"return logits of the shape that came in, {tuple(logits.shape)}")
     if not torch.equal(logits, before):
         raise WrongAnswer(
-            "the logits that were passed in have changed: masked_fill returns a copy, masked_fill_ does not"
+            "the logits that were passed in have changed: masked_fill makes a copy, masked_fill_ does not"
         )
     kept = (out > -math.inf).tolist()
     right = [[False, True, False, True], [False, False, True, False]]
@@ -598,14 +591,10 @@ def ex07_3(moved_by_the_first_step):
     model = T6(T6Config(vocab_size=16, n_layer=2, d_model=16, n_head=2, d_head=8))
     tokens = torch.arange(12).view(2, 6)
     torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), (tokens + 1).flatten()).backward()
-    moved = {
-        name
-        for name in names
-        for key, p in model.named_parameters()
-        if name in key and p.grad is not None and p.grad.any()
-    }
+    moving = [key for key, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+    moved = {name for name in names if any(name in key for key in moving)}
     reasons = {
-        "embedding": "it is reached along the residual stream, where nothing is multiplied by zero, and as output matrix",
+        "embedding": "it is the output matrix too, and it is reached along the residual stream, where nothing is zero",
         "factor_proj": "its gradient comes back through out_proj, which is zero",
         "gate_proj": "its gradient comes back through down_proj, which is zero",
         "up_proj": "its gradient comes back through down_proj, which is zero",
