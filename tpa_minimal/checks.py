@@ -544,16 +544,14 @@ def ex07_1(shared_b_heads):
 @exercise
 def ex07_2(top_p):
     """Nucleus sampling's filter."""
-    # Row 0: probabilities .5 .2 .2 .1 out of order, so that .5 + .2 crosses 0.6; row 1 is nearly certain.
-    logits = torch.log(torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.01, 0.01, 0.95, 0.03]]))
+    # Row 0 is out of order, and 0.4 + 0.3 crosses p; row 1 is nearly certain.
+    logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.01, 0.01, 0.95, 0.03]]))
     before = logits.clone()
-    out = top_p(logits, 0.6)
+    out = top_p(logits, 0.55)
     if not isinstance(out, torch.Tensor) or out.shape != logits.shape:
         raise WrongAnswer(f"return logits of the shape that came in, {tuple(logits.shape)}")
     if not torch.equal(logits, before):
-        raise WrongAnswer(
-            "the logits that were passed in have changed: masked_fill makes a copy, masked_fill_ does not"
-        )
+        raise WrongAnswer("the logits passed in have changed: masked_fill makes a copy, masked_fill_ does not")
     kept = (out > -math.inf).tolist()
     right = [[False, True, False, True], [False, False, True, False]]
     if kept != right:
@@ -564,21 +562,20 @@ def ex07_2(top_p):
                 "a row with one very likely token keeps nothing: the token that crosses p belongs to the nucleus"
             )
         if kept[0] == [False, True, False, False]:
-            raise WrongAnswer("the token that crosses p is missing: 0.5 alone is below 0.6, 0.5 + 0.25 reaches it")
+            raise WrongAnswer("the token that crosses p is missing: 0.4 alone is below 0.55, 0.4 + 0.3 reaches it")
         if not kept[0][1]:
             raise WrongAnswer("the likeliest token is gone: sort in descending order")
         if kept[0] == right[0]:
             raise WrongAnswer("the first row is right and the second is not: treat each row by itself (dim=-1)")
-        raise WrongAnswer(f"for probabilities {before[0].exp().tolist()} and p = 0.6 you keep {kept[0]}")
+        raise WrongAnswer(f"for the probabilities [0.1, 0.4, 0.2, 0.3] and p = 0.55 you keep {kept[0]}")
     finite = out[out > -math.inf]
     if not torch.allclose(finite, before[out > -math.inf]):
         raise WrongAnswer("the right tokens are kept, but their values changed: return logits, not probabilities")
     many = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     if (top_p(many, 1.0) == -math.inf).sum() > 4:  # rounding may drop the last token of a row
         raise WrongAnswer("p = 1 should keep every token")
-    exact = top_p(torch.log(torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64)).float(), 0.5)
-    if (exact > -math.inf).sum() != 1:
-        raise WrongAnswer("0.5 alone reaches p = 0.5, so one token is enough: stop at p or more, not above p")
+    if (top_p(torch.zeros(1, 4), 0.5) > -math.inf).sum() != 2:
+        raise WrongAnswer("two of four equal tokens reach p = 0.5 exactly, which is enough: stop at p or more")
 
 
 @exercise
