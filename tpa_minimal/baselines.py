@@ -11,7 +11,7 @@ baselines, except the output matrix, which starts at zero as TPA's does. Symbols
 """
 
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +68,8 @@ class KVCache(FactorCache):
         self, config: T6Config, batch_size: int, max_len: int | None = None, device=None, dtype=None, n_kv_head=None
     ):
         G = n_kv_head or config.n_head
-        room = SimpleNamespace(rank_k=G, rank_v=G, n_head=0, d_head=config.d_head, max_len=config.max_len)
-        super().__init__(room, batch_size, max_len, device, dtype)
+        ranks, widths = replace(config, rank_k=G, rank_v=G), (0, config.d_head) * 2
+        super().__init__(ranks, batch_size, max_len, device, dtype, widths)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, T, G, d_h) of T new tokens; return views of all that is held, each (B, length, G, d_h).
@@ -131,16 +131,19 @@ class LatentCache(FactorCache):
     Both lie side by side as one vector, a factor cache's only row, because absorbed attention reads them as one key.
     """
 
-    def __init__(self, width: int, batch_size: int, max_len: int, device=None, dtype=None):
-        room = SimpleNamespace(rank_k=1, rank_v=0, n_head=0, d_head=width, max_len=max_len)
-        super().__init__(room, batch_size, max_len, device, dtype)
+    def __init__(
+        self, config: T6Config, batch_size: int, max_len: int | None = None, device=None, dtype=None, *, d_c, d_rope
+    ):
+        widths = (0, d_c + d_rope, 0, 0)
+        super().__init__(replace(config, rank_k=1, rank_v=1), batch_size, max_len, device, dtype, widths)
 
     def append(self, latent: Tensor) -> Tensor:
         """Store the vectors (B, T, 1, d_c + d_R) of T new tokens; return a view of all, (B, length, 1, d_c + d_R).
 
         Raises ValueError, with nothing changed, if they do not fit.
         """
-        return super().append(latent[..., :0], latent, latent[:, :, :0, :0], latent[:, :, :0])[1]
+        nothing = latent[..., :0]
+        return super().append(nothing, latent, nothing, nothing)[1]
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -182,8 +185,8 @@ class MultiHeadLatentAttention(nn.Module):
     def new_cache(self, batch_size: int, max_len: int | None = None, device=None, dtype=None) -> LatentCache:
         """An empty cache for this layer, by default in the layer's own dtype and on its device."""
         weight = self.out_proj.weight
-        max_len = self.config.max_len if max_len is None else max_len
-        return LatentCache(self.d_c + self.d_rope, batch_size, max_len, device or weight.device, dtype or weight.dtype)
+        device, dtype = device or weight.device, dtype or weight.dtype
+        return LatentCache(self.config, batch_size, max_len, device, dtype, d_c=self.d_c, d_rope=self.d_rope)
 
     def forward(self, x: Tensor, cache: LatentCache | None = None) -> Tensor:
         """Attend from each token of x to itself and all before it, the cached ones included.

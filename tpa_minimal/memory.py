@@ -131,20 +131,15 @@ class Layer:
             return f"GQA, {self.n_kv_head} key-value heads"
         if self.n_kv_head is not None:
             return f"{self.mechanism.upper()}, {self.n_head} heads"
-        name = {
-            "tpa": "TPA",
-            "tpa-kv-only": "TPA, KV only",
-            "tpa-fixed-a": "TPA, fixed A",
-            "tpa-fixed-b": "TPA, fixed B",
-        }
-        ranks = (
-            (self.rank_k, self.rank_v) if self.mechanism == "tpa-kv-only" else (self.rank_q, self.rank_k, self.rank_v)
-        )
-        return f"{name[self.mechanism]}, ranks ({', '.join(map(str, ranks))})"
+        variant = {"tpa-kv-only": ", KV only", "tpa-fixed-a": ", fixed A", "tpa-fixed-b": ", fixed B"}
+        ranks = (self.rank_q, self.rank_k, self.rank_v)
+        if self.mechanism == "tpa-kv-only":
+            ranks = ranks[1:]
+        return f"TPA{variant.get(self.mechanism, '')}, ranks ({', '.join(map(str, ranks))})"
 
 
 def break_even_ranks(n_head: int, d_head: int, n_kv_head: int | None = None) -> float:
-    """The R_K + R_V from which on TPA caches no less than G key-value heads do: 2 G d_h / (h + d_h); MHA if G is None."""
+    """The R_K + R_V from which on TPA caches no less than G key-value heads: 2 G d_h / (h + d_h). None is MHA, G = h."""
     return 2 * (n_head if n_kv_head is None else n_kv_head) * d_head / (n_head + d_head)
 
 
@@ -153,8 +148,9 @@ def ratios(layer: Layer, shipped: Layer) -> dict[str, float]:
     baselines = {
         f"what the model ships ({shipped.describe()})": shipped,
         f"MHA with the model's own {shipped.n_head} heads": replace(shipped, mechanism="mha"),
-        f"MHA with the {layer.n_head} heads of the layer itself": replace(layer, mechanism="mha"),
     }
+    if layer.n_head != shipped.n_head:
+        baselines[f"MHA with the layer's own {layer.n_head} heads"] = replace(layer, mechanism="mha")
     return {name: baseline.cached_numbers / layer.cached_numbers for name, baseline in baselines.items()}
 
 
@@ -279,7 +275,7 @@ class Model:
         )
 
     def with_tpa(self, rank_q: int, rank_k: int, rank_v: int) -> "Model":
-        """What a TPA version with the model's own d_model, heads and head width would be; it would have to be trained."""
+        """A TPA version with the model's own d_model, heads and head width; one that would have to be trained."""
         shape = (self.layer.d_model, self.layer.n_head, self.layer.d_head)
         return self.with_attention(Layer("tpa", *shape, rank_q=rank_q, rank_k=rank_k, rank_v=rank_v))
 
@@ -305,9 +301,9 @@ def _models() -> dict[str, Model]:
         Model("Gemma 2 9B", gqa(3584, 16, 256, 8), 42, 9_241_705_984, 8192, "google/gemma-2-9b",
               n_local=21, window=4096, note="every other layer looks back 4,096 tokens only"),
         Model("Gemma 3 27B", gqa(5376, 32, 128, 16), 62, 27_009_346_304, 131_072, "google/gemma-3-27b-pt",
-              n_local=52, window=1024, note="five of six layers look back 1,024 tokens only; weights of the text model"),
+              n_local=52, window=1024, note="five of six layers look back 1,024 tokens only; text model"),
         Model("DeepSeek-V3", Layer("mla", 7168, 128, 128, d_c=512, d_c_q=1536, d_rope=64), 61, 671_026_419_200,
-              163_840, "deepseek-ai/DeepSeek-V3", note="without the multi-token prediction module; all experts counted"),
+              163_840, "deepseek-ai/DeepSeek-V3", note="all experts counted, not the multi-token prediction module"),
     ]  # fmt: skip
     return {model.name: model for model in rows}
 
