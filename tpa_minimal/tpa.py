@@ -389,38 +389,40 @@ def rms_norm(x: Tensor) -> Tensor:
 class Block(nn.Module):
     """LLaMA's block with any attention: x + attention(norm(x)), then x + SwiGLU(norm(x)) (Sec. 4.3)."""
 
-    def __init__(self, config: T6Config, attention):
+    def __init__(self, config: T6Config, attention, norm=rms_norm):
         super().__init__()
         self.attention = attention(config)
         self.mlp = SwiGLU(config)
+        self.norm = norm
 
     def forward(self, x: Tensor, cache=None) -> Tensor:
         """x: (B, T, d_model) -> (B, T, d_model); `cache` is this layer's, or None."""
-        x = x + self.attention(rms_norm(x), cache)
-        return x + self.mlp(rms_norm(x))
+        x = x + self.attention(self.norm(x), cache)
+        return x + self.mlp(self.norm(x))
 
 
 class T6(nn.Module):
     """A causal language model: embedding, blocks, norm, and the embedding again as output matrix (Sec. 4.3).
 
     `attention` is called with the config once per block; anything with TensorProductAttention's `forward` and
-    `new_cache` will do.
+    `new_cache` will do. `norm` is what normalizes the input of each sub-layer and of the output matrix.
     """
 
-    def __init__(self, config: T6Config, attention=TensorProductAttention):
+    def __init__(self, config: T6Config, attention=TensorProductAttention, norm=rms_norm):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         bound = config.d_model**-0.5  # what the authors' tied output layer starts from
         nn.init.uniform_(self.embedding.weight, -bound, bound)
-        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, attention, norm) for _ in range(config.n_layer))
+        self.norm = norm
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """The normalized output of the last block: tokens (B, T) -> (B, T, d_model)."""
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache[i])
-        return rms_norm(x)
+        return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The embedding used backwards, as output matrix: (..., d_model) -> (..., vocab_size)."""
