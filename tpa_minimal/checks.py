@@ -17,6 +17,13 @@ class WrongAnswer(Exception):
     """An attempt that runs but is not right; the message says what is probably wrong."""
 
 
+class Status(str):
+    """ "todo", "ok" or "fail"; a notebook shows the printed line only, not this value again."""
+
+    def _ipython_display_(self):
+        pass
+
+
 def exercise(check):
     """Turn a function that raises WrongAnswer into a checker: it prints one line and returns "todo", "ok" or "fail"."""
 
@@ -35,7 +42,7 @@ def exercise(check):
         print(line)
         if status != "ok" and os.environ.get("TPA_STRICT") == "1":
             raise AssertionError(line)
-        return status
+        return Status(status)
 
     return run
 
@@ -88,6 +95,23 @@ def _diagnose(given, answers, cases):
             raise WrongAnswer(say)
     case, got, right = next(row for row in zip(cases, given, answers[""]) if row[1] != row[2])
     raise WrongAnswer(f"for {case} you say {got}, and it is {right}")
+
+
+# ------------------------------------------------------------------------------------------------ 00
+
+
+@exercise
+def ex00_1(numbers_cached_by_mha):
+    """2 h d_h numbers: a key and a value of width d_h for each of h heads (Table 1)."""
+    got, n_head, d_head = numbers_cached_by_mha(12, 64), 12, 64
+    if got == n_head * d_head:
+        raise WrongAnswer("that counts keys only: the values are kept as well")
+    if got == 2 * d_head:
+        raise WrongAnswer("that is one head's key and value: each of the n_head heads has its own")
+    if got == 3 * n_head * d_head:
+        raise WrongAnswer("queries are not kept: only the newest token asks, and only once")
+    if got != 2 * n_head * d_head:
+        raise WrongAnswer(f"for 12 heads of width 64 you say {got!r}; draw one token's keys and values, and count")
 
 
 # ------------------------------------------------------------------------------------------------ 01
