@@ -341,8 +341,12 @@ class TensorProductAttention(nn.Module):
             if start > 0:
                 a_k, b_k, a_v, b_v = (factor.to(b_q.dtype) for factor in held)
         # 3. Attend, then concatenate the heads and mix them.
-        out = self.attend(a_q, b_q, a_k, b_k, a_v, b_v, start)
+        out = self.attend(*self.restore(a_q, b_q, a_k, b_k, a_v, b_v, start), start)
         return self.out_proj(out.flatten(2))
+
+    def restore(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> tuple[Tensor, ...]:
+        """All six factors from what is cached and new; a variant that caches less than these makes up the rest."""
+        return a_q, b_q, a_k, b_k, a_v, b_v
 
     def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> Tensor:
         """In factor space while decoding; with assembled q, k, v in training and prefill. Returns (B, T, h, d_h)."""

@@ -3,7 +3,7 @@
 Give any of them to the trunk: `T6(config, attention=FixedHeadFactors)`. Symbols and shapes are those of `tpa.py`.
 A variant says three things: how wide the factors are that each token brings (`factor_widths`; these are what is
 projected and cached, so 0 where a factor is a constant), which of them RoPE turns (`factors`), and how all six are
-had again from them just before attention (`attend`).
+had again from them just before attention (`restore`).
 """
 
 from dataclasses import replace
@@ -48,11 +48,11 @@ class KeyValueOnly(TensorProductAttention):
         """Nothing of a_q."""
         return (0, *super().factor_widths()[1:])
 
-    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> Tensor:
-        """As in TensorProductAttention, with h · I in the place of the empty a_q."""
+    def restore(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> tuple[Tensor, ...]:
+        """h · I in the place of the empty a_q."""
         h = self.config.n_head
         a_q = _at_every_position(h * torch.eye(h, device=b_q.device), b_q)
-        return super().attend(a_q, b_q, a_k, b_k, a_v, b_v, start)
+        return a_q, b_q, a_k, b_k, a_v, b_v
 
 
 class FixedHeadFactors(TensorProductAttention):
@@ -73,11 +73,11 @@ class FixedHeadFactors(TensorProductAttention):
         """Nothing of a_q, a_k and a_v."""
         return (0, self.config.d_head) * 3
 
-    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> Tensor:
-        """As in TensorProductAttention, with the constants in the place of the empty head factors."""
+    def restore(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> tuple[Tensor, ...]:
+        """The constants in the place of the empty head factors."""
         a_q = _at_every_position(self.a_q, b_q)
         a_k, a_v = _at_every_position(self.a_k, b_k), _at_every_position(self.a_v, b_v)
-        return super().attend(a_q, b_q, a_k, b_k, a_v, b_v, start)
+        return a_q, b_q, a_k, b_k, a_v, b_v
 
 
 class FixedFeatureFactors(TensorProductAttention):
@@ -102,14 +102,14 @@ class FixedFeatureFactors(TensorProductAttention):
         """Six tensors (B, T, R, h) or, of the constants, (B, T, R, 0)."""
         return tuple(self.project(x))
 
-    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> Tensor:
-        """As in TensorProductAttention, with the constants, b_q and b_k rotated, as feature factors."""
+    def restore(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> tuple[Tensor, ...]:
+        """The constants, b_q and b_k rotated, in the place of the empty feature factors."""
         T, M = a_q.shape[1], a_k.shape[1]
         cos, sin = self.rope(torch.arange(M, device=a_q.device), a_q.dtype)
         b_q = apply_rope(_at_every_position(self.b_q, a_q[:1]), cos[start : start + T], sin[start : start + T])
         b_k = apply_rope(_at_every_position(self.b_k, a_k[:1]), cos, sin)
         b_q, b_k = (b.expand(len(a_q), -1, -1, -1) for b in (b_q, b_k))
-        return super().attend(a_q, b_q, a_k, b_k, a_v, _at_every_position(self.b_v, a_v), start)
+        return a_q, b_q, a_k, b_k, a_v, _at_every_position(self.b_v, a_v)
 
 
 class SharedFeatureFactors(TensorProductAttention):
@@ -139,11 +139,11 @@ class SharedFeatureFactors(TensorProductAttention):
         positions = torch.arange(start, start + x.shape[1], device=x.device)
         return a_q, apply_rope(b_q, *self.rope(positions, x.dtype)), *others
 
-    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> Tensor:
-        """As in TensorProductAttention, with b_k made from b_v."""
+    def restore(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> tuple[Tensor, ...]:
+        """b_k made from b_v, rotated."""
         positions = torch.arange(b_v.shape[1], device=b_v.device)
         b_k = apply_rope(b_v, *self.rope(positions, b_v.dtype))
-        return super().attend(a_q, b_q, a_k, b_k, a_v, b_v, start)
+        return a_q, b_q, a_k, b_k, a_v, b_v
 
 
 class SigmoidHeadFactors(TensorProductAttention):
@@ -218,9 +218,9 @@ class ThirdOrderFactors(TensorProductAttention):
 
         return a_q, rotate(bc_q), a_k, rotate(bc_k), a_v, bc_v
 
-    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> Tensor:
-        """As in TensorProductAttention, with vec(b ⊗ c) as feature factors."""
-        return super().attend(a_q, self.vec(b_q), a_k, self.vec(b_k), a_v, self.vec(b_v), start)
+    def restore(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> tuple[Tensor, ...]:
+        """vec(b ⊗ c) as feature factors."""
+        return a_q, self.vec(b_q), a_k, self.vec(b_k), a_v, self.vec(b_v)
 
     def vec(self, bc: Tensor) -> Tensor:
         """vec(b ⊗ c): (B, T, R, d_b + d_c) -> (B, T, R, d_h)."""
