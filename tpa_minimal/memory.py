@@ -139,7 +139,7 @@ class Layer:
 
 
 def break_even_ranks(n_head: int, d_head: int, n_kv_head: int | None = None) -> float:
-    """The R_K + R_V from which on TPA caches no less than G key-value heads: 2 G d_h / (h + d_h). None is MHA, G = h."""
+    """The R_K + R_V from which on TPA caches no less than G key-value heads: 2 G d_h / (h + d_h). None: MHA, G = h."""
     return 2 * (n_head if n_kv_head is None else n_kv_head) * d_head / (n_head + d_head)
 
 
