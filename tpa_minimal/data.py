@@ -21,13 +21,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import lessons
+
+if TYPE_CHECKING:
+    import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 HUB_REPOSITORY, HUB_FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"  # the configuration "sample-10BT"
@@ -60,7 +63,7 @@ class TokenData:
 
     folder: Path
     source: str
-    tokenizer: "tiktoken.Encoding"  # noqa: F821, imported only where it is used
+    tokenizer: "tiktoken.Encoding"
     vocab_size: int
     train: np.memmap
     val: np.memmap
@@ -174,6 +177,8 @@ def prepare(source: str | Path = "auto", tokens: int = 2_000_000, *, seed: int =
         name = "gpt2"
         if problem := _gpt2_problem(seconds=3):
             name, why = "lessons", f"; no gpt2 tokenizer, since {problem}"
+    if name == "lessons":
+        identity["vocabulary"] = _sha256(lessons.TOKENIZER_FILE)
     request = {**identity, "tokens": tokens, "tokenizer": name}
     folder = _folder(request)
     if folder.exists():
@@ -277,11 +282,9 @@ def _write_shards(documents: Callable, tokenizer, tokens: int, folder: Path, bar
         np.delete(whole, slice(start, start + length)).tofile(folder / "train.bin")
         held = {"train": held["train"] - length, "val": length}
         counts = {"train": counts["train"] - 1, "val": 1}
-    return {
-        "documents": counts,
-        "tokens": held,
-        "sha256": {split: _sha256(folder / f"{split}.bin") for split in SPLITS},
-    }
+    sums = {split: _sha256(folder / f"{split}.bin") for split in SPLITS}
+    checksum = hashlib.sha256("".join(sums.values()).encode()).hexdigest()  # of everything, to compare data sets by
+    return {"documents": counts, "tokens": held, "sha256": sums, "checksum": checksum}
 
 
 # ----------------------------------------------------------------------------------------------------- sources
@@ -468,7 +471,7 @@ def _plain_texts(lines, file: Path) -> Iterator[str]:
 
 
 @functools.cache
-def load_tokenizer(name: str) -> "tiktoken.Encoding":  # noqa: F821
+def load_tokenizer(name: str) -> "tiktoken.Encoding":
     """The tokenizer "gpt2" (50,257 tokens, tiktoken's) or "lessons" (1,024 tokens, shipped with the package).
 
     Both encode any text, byte by byte where they know nothing longer. Raises DataError if gpt2 cannot be had.
@@ -585,7 +588,11 @@ class RecallScore(NamedTuple):
     chance: float  # 1 / number of facts
 
 
-def recall_probe(tokenizer, n_probes: int = 64, *, distance: int = 64, n_facts: int = 4, seed: int = 0) -> RecallProbe:
+def recall_probe(
+    tokenizer: "tiktoken.Encoding", n_probes: int = 64, *, distance: int = 64, n_facts: int = 4, seed: int = 0
+) -> RecallProbe:
+    tokenizer: "tiktoken.Encoding", n_probes: int = 64, *, distance: int = 64, n_facts: int = 4, seed: int = 0
+) -> RecallProbe:
     """Make a probe of recall: who has what, asked for at least `distance` tokens after it was said.
 
     The names are those of held-out lessons. `distance` counts the tokens between the end of the statement and the

@@ -368,21 +368,27 @@ def train_tokenizer(n_merges: int = N_VOCAB - 257, n_documents: int = 4000, n_wo
     stream = documents(seed=0)
     counts = Counter(word for _ in range(n_documents) for word in _TOKEN_PATTERN_ASCII.findall(next(stream)[0]))
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:n_words]
-    words = [([bytes([b]) for b in word.encode()], count) for word, count in ordered]
+    words = [(word.encode(), [bytes([b]) for b in word.encode()], count) for word, count in ordered]
     tokens = [bytes([b]) for b in range(256)]
+    pairs = Counter()
+    for _, parts, count in words:
+        for pair in zip(parts, parts[1:]):
+            pairs[pair] += count
     for _ in range(n_merges):
-        pairs = Counter()
-        for parts, count in words:
-            for pair in zip(parts, parts[1:]):
-                pairs[pair] += count
         left, right = max(pairs, key=lambda pair: (pairs[pair], pair))
         tokens.append(left + right)
-        for parts, _ in words:
+        for word, parts, count in words:
+            if left + right not in word:  # most words: no need to look at their parts
+                continue
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] -= count
             i = 0
             while i < len(parts) - 1:
                 if parts[i] == left and parts[i + 1] == right:
                     parts[i : i + 2] = [left + right]
                 i += 1
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += count
     return tokens
 
 
