@@ -591,8 +591,6 @@ class RecallScore(NamedTuple):
 def recall_probe(
     tokenizer: "tiktoken.Encoding", n_probes: int = 64, *, distance: int = 64, n_facts: int = 4, seed: int = 0
 ) -> RecallProbe:
-    tokenizer: "tiktoken.Encoding", n_probes: int = 64, *, distance: int = 64, n_facts: int = 4, seed: int = 0
-) -> RecallProbe:
     """Make a probe of recall: who has what, asked for at least `distance` tokens after it was said.
 
     The names are those of held-out lessons. `distance` counts the tokens between the end of the statement and the
