@@ -14,8 +14,8 @@
 #
 # **Time** about 65 minutes to read and do; the code runs in at most 40 s on two CPU cores
 #
-# TPA is an answer to a question. This notebook is about the question: *why does a language model that
-# writes long texts run out of memory, and what have people done about it?*
+# TPA is an answer to a question. This notebook is about the question: *why does a language model that writes long texts
+# run out of memory, and what have people done about it?*
 
 # %% tags=["setup"]
 # (filled in by notebooks/build.py)
@@ -36,8 +36,8 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## 1 · Attention in a handful of lines
 #
-# We follow one sequence of `T` tokens (no batch axis, until a later notebook needs one). Each token is a vector of width
-# `d_model`. Three linear maps turn it into a **query**, a **key** and a **value**, and each of these is cut into
+# We follow one sequence of `T` tokens (no batch axis, until a later notebook needs one). Each token is a vector of
+# width `d_model`. Three linear maps turn it into a **query**, a **key** and a **value**, and each of these is cut into
 # `n_head` pieces of width `d_head`, one per head:
 
 # %%
@@ -49,15 +49,15 @@ print(q.shape, k.shape, v.shape)
 
 # %% [markdown]
 # A query asks, a key answers how relevant its token is, and the value is what gets handed over. For head `h`, the
-# **logit** of query `t` against key `s` is their inner product divided by $\sqrt{d_h}$, so that it does not grow with the
-# width. A softmax over `s` turns the logits of one query into weights that sum to one:
+# **logit** of query `t` against key `s` is their inner product divided by $\sqrt{d_h}$, so that it does not grow with
+# the width. A softmax over `s` turns the logits of one query into weights that sum to one:
 #
 # $$\alpha_{h,t,s} = \operatorname{softmax}_s \frac{q_{t,h} \cdot k_{s,h}}{\sqrt{d_h}}, \qquad
 # o_{t,h} = \sum_{s \le t} \alpha_{h,t,s}\, v_{s,h}.$$
 #
-# In words: each head of token `t` receives a weighted mean of the values of the tokens up to `t`. The condition $s \le t$
-# is the **causal mask**: a model that is trained to predict the next token must not see it. The whole rest of this course
-# hangs on that condition.
+# In words: each head of token `t` receives a weighted mean of the values of the tokens up to `t`. The condition
+# $s \le t$ is the **causal mask**: a model that is trained to predict the next token must not see it. The whole rest of
+# this course hangs on that condition.
 
 
 # %%
@@ -99,14 +99,14 @@ class MHA(nn.Module):
 
 
 # %% [markdown]
-# Our test object is a language model with nothing but attention in it: an embedding, a few MHA layers, an output matrix.
-# Its weights are random, so what it writes is nonsense. That does not matter here: time and memory depend on
+# Our test object is a language model with nothing but attention in it: an embedding, a few MHA layers, an output
+# matrix. Its weights are random, so what it writes is nonsense. That does not matter here: time and memory depend on
 # shapes, not on what the weights have learned.
 
 
 # %%
 class TinyLM(nn.Module):
-    def __init__(self, vocab_size=256, n_layer=4, d_model=256, n_head=8, d_head=32):
+    def __init__(self, vocab_size=256, n_layer=3, d_model=256, n_head=8, d_head=32):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.layers = nn.ModuleList(MHA(d_model, n_head, d_head) for _ in range(n_layer))
@@ -126,7 +126,8 @@ print(model(prompt).shape)
 # %% [markdown]
 # ## 2 · Naive generation, and what it repeats
 #
-# Generating is a loop: run the model on all tokens so far, take the likeliest next token, append it. The honest first version:
+# Generating is a loop: run the model on all tokens so far, take the likeliest next token, append it. The honest first
+# version:
 
 
 # %%
@@ -140,22 +141,22 @@ def generate_naive(model, tokens, n_new):
     return tokens, seconds
 
 
-slow_tokens, slow_seconds = generate_naive(model, prompt, 508)
+slow_tokens, slow_seconds = generate_naive(model, prompt, 380)
 print(f"{sum(slow_seconds):.2f} s for {len(slow_seconds)} tokens; the first ones: {slow_tokens[:10].tolist()}")
 
 # %% [markdown]
-# Look at what the loop does. At step 500 it computes the keys and values of 500 tokens, 499 of which it had computed at the
-# step before. Over the whole run, each layer computes this many keys:
+# Look at what the loop does. When the text has 300 tokens it computes the keys and values of all 300, 299 of which it
+# had computed at the step before. Over the whole run, each layer computes this many keys:
 
 # %% tags=["nbval-check-output"]
-lengths = range(len(prompt), 512)
+lengths = range(len(prompt), 384)
 print("computed:", sum(lengths), " different tokens:", max(lengths))
 
 # %% [markdown]
-# A quadratic number of computations for a linear number of tokens. But is the repeated work really a *repetition*:
-# are the old keys the same after a token has been added? In the first layer, surely: a key is a linear map of its own token.
-# In the second layer it is not obvious, because there the input has already been mixed with other tokens. Let us look
-# at the input of each layer, before and after appending one token, with the causal mask and without it.
+# A quadratic number of computations for a linear number of tokens. But is the repeated work really a *repetition*: are
+# the old keys the same after a token has been added? In the first layer, surely: a key is a linear map of its own
+# token. In the second layer it is not obvious, because there the input has already been mixed with other tokens. Let us
+# look at the input of each layer, before and after appending one token, with the causal mask and without it.
 
 
 # %%
@@ -175,7 +176,7 @@ longer = torch.cat((prompt, torch.tensor([5])))
 for causal in (True, False):
     before, after = layer_inputs(model, prompt, causal), layer_inputs(model, longer, causal)
     change = [f"{(b - a[: len(prompt)]).abs().max():.5f}" for b, a in zip(before, after)]
-    print(f"{'causal' if causal else 'no mask':8} change of old tokens' inputs, layers 1 to 4:", *change)
+    print(f"{'causal' if causal else 'no mask':8} change of old tokens' inputs, layers 1 to 3:", *change)
 
 # %% [markdown]
 # With the causal mask, nothing that belongs to an old token changes, in any layer (up to rounding): token `t` has never
@@ -183,8 +184,8 @@ for causal in (True, False):
 #
 # > **A causal model may keep the keys and values of past tokens for ever. A bidirectional one may not.**
 #
-# And the queries? The query of token `t` is used once, to compute row `t`. Nobody asks for it again, so there is nothing
-# to keep. This is why it is a *KV* cache.
+# And the queries? The query of token `t` is used once, to compute row `t`. Nobody asks for it again, so there is
+# nothing to keep. This is why it is a *KV* cache.
 
 # %% [markdown]
 # ## 3 · The same tokens with a cache
@@ -211,8 +212,8 @@ class KVCache:
 
 
 # %% [markdown]
-# First the whole prompt goes through the model once and fills the caches: this is **prefill**. Then each step hands
-# in *one* token, whose query meets all cached keys: this is **decode**.
+# First the whole prompt goes through the model once and fills the caches: this is **prefill**. Then each step hands in
+# *one* token, whose query meets all cached keys: this is **decode**.
 
 
 # %%
@@ -227,7 +228,7 @@ def generate_cached(model, tokens, n_new):
     return tokens, seconds, caches
 
 
-fast_tokens, fast_seconds, caches = generate_cached(model, prompt, 508)
+fast_tokens, fast_seconds, caches = generate_cached(model, prompt, 380)
 print(f"{sum(fast_seconds):.2f} s, {sum(slow_seconds) / sum(fast_seconds):.0f} times faster than without a cache")
 
 # %% [markdown]
@@ -236,7 +237,7 @@ print(f"{sum(fast_seconds):.2f} s, {sum(slow_seconds) / sum(fast_seconds):.0f} t
 
 # %%
 torch.testing.assert_close(fast_tokens[:32], slow_tokens[:32])
-exact, caches64 = TinyLM().double().requires_grad_(False), [KVCache() for _ in range(4)]
+exact, caches64 = TinyLM().double().requires_grad_(False), [KVCache() for _ in range(3)]
 step_by_step = torch.cat([exact(token[None], caches64) for token in fast_tokens[:40]])  # (40, vocab_size)
 torch.testing.assert_close(step_by_step, exact(fast_tokens[:40]), rtol=0, atol=1e-12)
 
@@ -245,16 +246,16 @@ fig, ax = plt.subplots()
 for seconds, line, name in ((slow_seconds, "-", "recompute everything"), (fast_seconds, "--", "with a KV cache")):
     smooth = torch.tensor(seconds[4:]).mul(1000).unfold(0, 25, 1).median(-1).values  # a running median of 25 steps
     place = torch.arange(len(smooth)) + len(prompt) + 16
-    ax.plot(place, smooth, line)
-    ax.annotate(name, (place[-1], smooth[-1]), (-4, 6), textcoords="offset points", ha="right", va="bottom")
+    ax.plot(place, smooth, line, label=name)
 ax.set(xlabel="tokens so far", ylabel="time for one more token (ms)", ylim=(0, None))
 ax.set_title("Without a cache, each new token costs more than the one before")
+ax.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Without a cache the time per token climbs with the length, because the whole text goes through every matrix again. With a cache it
-# stays nearly flat: one token goes through the matrices, and only `attend` still grows, since one query meets all keys. At these
-# lengths that part is too small to see; at the lengths of section 4 it decides.
+# Without a cache the time per token climbs with the length, because the whole text goes through every matrix again.
+# With a cache it stays nearly flat: one token goes through the matrices, and only `attend` still grows, since one query
+# meets all keys. At these lengths that part is too small to see; at the lengths of section 4 it decides.
 #
 # So the cache buys time with memory. How much memory?
 
@@ -263,13 +264,14 @@ plt.show()
 #
 # One key and one value per head, per layer, per token:
 #
-# $$\text{bytes} = \underbrace{2}_{K\text{ and }V} \cdot h \cdot d_h \cdot n_\text{layer} \cdot \text{bytes per number} \cdot \text{tokens} \cdot \text{sequences}.$$
+# $$\text{bytes} = \underbrace{2}_{K\text{ and }V} \cdot h \cdot d_h \cdot n_\text{layer} \cdot
+# \text{bytes per number} \cdot \text{tokens} \cdot \text{sequences}.$$
 #
 # A formula about memory deserves to be measured. The caches of the run above still exist:
 
 # %% claim="table-1-mha-cache"
 held = sum(cache.nbytes() for cache in caches)
-formula = 2 * 8 * 32 * 4 * 4 * (len(fast_tokens) - 1)  # the very last token was written but never read back in
+formula = 2 * 8 * 32 * 3 * 4 * (len(fast_tokens) - 1)  # the very last token was written but never read back in
 assert held == formula
 print(f"{held:,} bytes held, {formula:,} by the formula")
 
@@ -279,7 +281,7 @@ print(f"{held:,} bytes held, {formula:,} by the formula")
 # %%
 tokens_seen, measured = [], []
 caches = [KVCache() for _ in model.layers]
-for piece in range(16):
+for piece in range(12):
     for token in fast_tokens[32 * piece : 32 * piece + 32]:
         model(token[None], caches)
     tokens_seen.append(len(caches[0].k))
@@ -288,15 +290,15 @@ for piece in range(16):
 # %%
 fig, ax = plt.subplots()
 ax.plot(tokens_seen, measured, "o", label="measured: bytes of the cached tensors")
-ax.plot([0, 512], [0, 2 * 8 * 32 * 4 * 4 * 512 / 2**20], "--", color="black", label="formula: 8 KiB per token")
+ax.plot([0, 384], [0, 2 * 8 * 32 * 3 * 4 * 384 / 2**20], "--", color="black", label="formula: 6 KiB per token")
 ax.set(xlabel="tokens in the cache", ylabel="cache (MiB)")
 ax.set_title("The cache grows in a straight line, for ever")
 ax.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# A few MiB are harmless. Now put real models into the same formula, with 2 bytes per number (float16 or bfloat16). The sizes are
-# those that their makers published; GPT-2, GPT-3 and Llama 2 7B are plain MHA.
+# A few MiB are harmless. Now put real models into the same formula, with 2 bytes per number (float16 or bfloat16). The
+# sizes are those that their makers published; GPT-2, GPT-3 and Llama 2 7B are plain MHA.
 
 # %%
 real_models = {  # layers, heads, d_head, parameters in billions
@@ -325,63 +327,66 @@ for (name, (*sizes, _)), line in zip(real_models.items(), ("-", "--", "-.")):
     ax.loglog(context, gigabytes, line)
     ax.annotate(name, (context[0], gigabytes[0]), (2, 8), textcoords="offset points", rotation=27)
 ax.axhline(80, color="black", lw=1, ls=":")
-ax.annotate("80 GB: all memory of one large GPU", (1.1e3, 90))
+ax.annotate("80 GB (one large GPU)", (1.05e3, 95))
 ax.set(xlabel="tokens held, over all sequences served at once", ylabel="KV cache (GB, 16 bits per number)")
 ax.set_title("Real models: long contexts outgrow the GPU")
 plt.show()
 
 # %% [markdown]
-# The axis counts tokens of *all* sequences that are served at once: 32 users with 4,096 tokens each hold 131,072 tokens. For
-# Llama 2 7B that is about 69 GB of cache, beside 13.5 GB of weights. The weights are there once; the cache is there once *per user*.
+# The axis counts tokens of *all* sequences that are served at once: 32 users with 4,096 tokens each hold 131,072
+# tokens. For Llama 2 7B that is about 69 GB of cache, beside 13.5 GB of weights. The weights are there once; the cache
+# is there once *per user*.
 #
-# Memory is half of the trouble. The other half is that **each decode step reads the entire cache**, and does next to nothing with
-# it: one multiply–add for each cached number, per query. A GPU can calculate far faster than it can read, so the reading
-# sets the pace. Taking an H100's 3.35 TB/s from its data sheet:
+# Memory is half of the trouble. The other half is that **each decode step reads the entire cache**, and does next to
+# nothing with it: one multiply–add for each cached number, per query. A GPU can calculate far faster than it can read,
+# so the reading sets the pace. Taking an H100's 3.35 TB/s from its data sheet:
 
 # %%
 tokens_held = 32 * 4096
 gigabytes = bytes_per_token(32, 32, 128) * tokens_held / 1e9
-print(
-    f"{gigabytes:.0f} GB to read for each step: at least {gigabytes / 3350 * 1000:.0f} ms, whatever the arithmetic costs"
-)
+milliseconds = gigabytes / 3350 * 1000
+print(f"{gigabytes:.0f} GB to read for each step: at least {milliseconds:.0f} ms, whatever the arithmetic costs")
 
 # %% [markdown]
-# So a smaller cache means more users, longer contexts *and* faster decoding. The question of the last years has been what
-# one can leave out of it.
+# So a smaller cache means more users, longer contexts *and* faster decoding. The question of the last years has been
+# what one can leave out of it.
 
 # %% [markdown]
 # ## 5 · Three answers
 #
 # ### MQA and GQA: fewer key heads than query heads
 #
-# **Multi-query attention** (MQA) computes *one* key and *one* value per token, and all heads use them. **Grouped-query attention** (GQA) is
-# the dial between: `G` key and value heads, each shared by a group of `h / G` neighbouring query heads. `G = h` is MHA,
-# `G = 1` is MQA. A picture for 8 query heads:
+# **Multi-query attention** (MQA) computes *one* key and *one* value per token, and all heads use them. **Grouped-query
+# attention** (GQA) is the dial between: `G` key and value heads, each shared by a group of `h / G` neighbouring query
+# heads. `G = h` is MHA, `G = 1` is MQA. A picture for 8 query heads:
 
 # %%
-fig, axes = plt.subplots(1, 3, figsize=(7, 3), width_ratios=(8, 3.4, 2.4))
+fig, axes = plt.subplots(1, 3, figsize=(6, 3), width_ratios=(8, 3, 3))
 for ax, groups, name in zip(axes, (8, 2, 1), ("MHA", "GQA, G = 2", "MQA")):
     reads = torch.arange(8)[:, None] // (8 // groups) == torch.arange(groups)  # (query head, key head)
     ax.imshow(reads, cmap="Greys", vmin=0, vmax=1.4)
     ax.set(title=name, xticks=range(groups), yticks=range(8), xlabel="key head")
     ax.grid(False)
+    ax.set_anchor("W")
 axes[0].set_ylabel("query head")
 fig.suptitle("Which key (and value) head each query head reads", x=0.02, ha="left", fontsize=12)
 plt.show()
 
 # %% [markdown]
-# Dark squares are who reads whom. The cache holds one entry per *column*, so its size per token and layer is $2 G d_h$ in place of $2 h d_h$.
+# Dark squares are who reads whom. The cache holds one entry per *column*, so its size per token and layer is $2 G d_h$
+# in place of $2 h d_h$.
 #
-# What is given up: heads of one group look at tokens through the same key. They are *not* identical, since their queries differ:
-# each asks its own question, but of the same answer sheet. And they hand over the same value vector, only weighted
-# differently. Models with many heads can bear that: Llama 3.1 8B and 70B use 8 key heads for 32 and 64 query heads.
+# What is given up: heads of one group look at tokens through the same key. They are *not* identical, since their
+# queries differ: each asks its own question, but of the same answer sheet. And they hand over the same value vector,
+# only weighted differently. Models with many heads can bear that: Llama 3.1 8B and 70B use 8 key heads for 32 and 64
+# query heads.
 
 # %% [markdown]
 # ### MLA: a compressed note, from which keys are rebuilt
 #
-# **Multi-head latent attention** (MLA, from DeepSeek-V2) keeps all heads, but caches neither keys nor values. It caches one
-# **latent** vector $c_t = W_c x_t$ of width $d_c$, much smaller than $2 h d_h$, and makes keys and values of all heads from it by
-# two fixed *up-projections*:
+# **Multi-head latent attention** (MLA, from DeepSeek-V2) keeps all heads, but caches neither keys nor values. It caches
+# one **latent** vector $c_t = W_c x_t$ of width $d_c$, much smaller than $2 h d_h$, and makes keys and values of all
+# heads from it by two fixed *up-projections*:
 
 # %%
 d_latent, heads, width = 32, 8, 16
@@ -394,8 +399,8 @@ print("cached per token:", c.shape[1], " in place of", 2 * heads * width)
 
 # %% [markdown]
 # Rebuilding all keys at each step would be slow: the whole past would go through `up_k` again. But a matrix in the
-# middle of a product can be moved to the other side, $q \cdot (c\,U) = (q\,U^\top) \cdot c$: transform the one query rather than the
-# many latents. One says that the up-projection is *absorbed* into the query.
+# middle of a product can be moved to the other side, $q \cdot (c\,U) = (q\,U^\top) \cdot c$: transform the one query
+# rather than the many latents. One says that the up-projection is *absorbed* into the query.
 
 # %%
 query = torch.randn(heads, width, dtype=torch.float64)  # of one new token
@@ -404,17 +409,17 @@ absorbed = torch.einsum("hd,chd->hc", query, up_k) @ c.T  # (h, d_c) @ (d_c, T)
 torch.testing.assert_close(absorbed, rebuilt, rtol=0, atol=1e-12)
 
 # %% [markdown]
-# What is given up: (1) every logit now costs $d_c$ multiply–adds rather than $d_h$, and $d_c$ is several times $d_h$ in practice; memory is
-# bought with arithmetic. (2) The trick needs *nothing between* query and up-projection. Rotary position embedding puts
-# a rotation there, so MLA carries an extra, separately rotated key of width $d_R$ beside the latent (notebook 03 shows why). (3) All
-# keys of all tokens come from one fixed $d_c$-dimensional space.
+# What is given up: (1) every logit now costs $d_c$ multiply–adds rather than $d_h$, and $d_c$ is several times $d_h$ in
+# practice; memory is bought with arithmetic. (2) The trick needs *nothing between* query and up-projection. Rotary
+# position embedding puts a rotation there, so MLA carries an extra, separately rotated key of width $d_R$ beside the
+# latent (notebook 03 shows why). (3) All keys of all tokens come from one fixed $d_c$-dimensional space.
 
 # %% [markdown]
 # ### The three, through one lens
 #
-# Put one token's keys of all heads into a matrix with one row per head, $K_t \in \mathbb{R}^{h \times d_h}$. Its **rank** says
-# how many independent keys the token really has. Then flatten each $K_t$ into one long row and stack the rows of many tokens: the rank
-# of that stack says in how large a space the tokens' keys live.
+# Put one token's keys of all heads into a matrix with one row per head, $K_t \in \mathbb{R}^{h \times d_h}$. Its
+# **rank** says how many independent keys the token really has. Then flatten each $K_t$ into one long row and stack the
+# rows of many tokens: the rank of that stack says in how large a space the tokens' keys live.
 
 # %% tags=["nbval-check-output"] claim="sharing-is-low-rank"
 k_all = torch.randn(50, heads, width, dtype=torch.float64)  # MHA: every head its own key
@@ -426,21 +431,22 @@ for name, keys in (("MHA", k_all), ("GQA", k_gqa), ("MQA", k_mqa), ("MLA", k_mla
     print(f"{name}   {int(one):9d} {int(stack):20d}")
 
 # %% [markdown]
-# (Random keys, so every rank is as large as the mechanism allows: 8 × 16 matrices, 50 tokens.) Each mechanism saves memory by giving up
-# rank somewhere:
+# (Random keys, so every rank is as large as the mechanism allows: 8 × 16 matrices, 50 tokens.) Each mechanism saves
+# memory by giving up rank somewhere:
 #
 # | | cached per token and layer | gives up |
 # |---|---|---|
 # | MHA | $2 h d_h$ | nothing; it is the measure |
 # | GQA | $2 G d_h$ | a token has at most $G$ different keys, and *which* heads share is fixed for ever |
 # | MQA | $2 d_h$ | one key and one value per token |
-# | MLA | $d_c + d_R$ | keys of all tokens lie in one fixed $d_c$-dimensional space; more arithmetic; a detour for positions |
+# | MLA | $d_c + d_R$ | all keys lie in one fixed $d_c$-dimensional space; more arithmetic; a detour for positions |
 #
-# TPA, the subject of this course, also makes $K_t$ a matrix of low rank, $R_K$. But it lets **each token choose its own** rank-$R_K$
-# matrix: which heads share what is decided anew for every token. What that means is notebook 02.
+# TPA, the subject of this course, also makes $K_t$ a matrix of low rank, $R_K$. But it lets **each token choose its
+# own** rank-$R_K$ matrix: which heads share what is decided anew for every token. What that means is notebook 02.
 #
-# What does this weigh in a model of the paper's small size? All rows have about equally many attention parameters: mechanisms with smaller key and
-# value projections get more heads for it, which is why the number of heads differs (paper, App. H).
+# What does this weigh in a model of the paper's small size? All rows have about equally many attention parameters:
+# mechanisms with smaller key and value projections get more heads for it, which is why the number of heads differs
+# (paper, App. H).
 
 # %% claim="table-1-cache-small"
 d_head = 64
@@ -454,25 +460,28 @@ numbers = {
 fig, ax = plt.subplots(figsize=(7, 2.9))
 bars = ax.barh(list(numbers), list(numbers.values()), color=plots.COLOURS[0])
 ax.bar_label(bars, padding=4, fmt="{:,.0f}")
-ax.set(xlabel="numbers cached per token and layer", xlim=(0, 1720))
+ax.set(xlabel="numbers cached per token and layer", xlim=(0, 1800))
 ax.invert_yaxis()
 ax.grid(axis="y", visible=False)
 ax.set_title("All four answers cache 4 to 12 times less than MHA")
 plt.show()
 
 # %% [markdown]
-# Read it soberly. TPA is **not** the smallest here: with 392 numbers it needs 3.9 times less than MHA's 1,536, and GQA, MQA and MLA need less still. What counts is
-# how much quality is left. The paper reports, at this size, averages over nine benchmarks (zero-shot; its Sec. 6) of 46.19 for MHA, 46.20 for MLA, 46.21 for TPA,
-# 45.14 for MQA and 45.04 for GQA: the first three tie within any plausible noise (single runs, no error bars), and the two that share fixed
-# heads are about a point behind. Where TPA's factor of ten and more comes from (rank 1, many and wide heads) is a matter of notebook 09.
+# Read it soberly. TPA is **not** the smallest here: with 392 numbers it needs 3.9 times less than MHA's 1,536, and GQA,
+# MQA and MLA need less still. What counts is how much quality is left. The paper reports, at this size, averages over
+# nine benchmarks (zero-shot; its Sec. 6) of 46.19 for MHA, 46.20 for MLA, 46.21 for TPA, 45.14 for MQA and 45.04 for
+# GQA: the first three tie within any plausible noise (single runs, no error bars), and the two that share fixed heads
+# are about a point behind. Where TPA's factor of ten and more comes from (rank 1, many and wide heads) is a matter of
+# notebook 09.
 
 # %% [markdown]
 # ## Exercises
 #
 # ### Exercise 1 · What stays true? (5 minutes)
 #
-# A two-layer model without positional encoding has processed 100 tokens; you hold the keys and values of each layer. Then something happens.
-# For each case say whether the keys and values **named in the brackets** that you hold are still right (`True`) or must be computed anew (`False`).
+# A two-layer model without positional encoding has processed 100 tokens; you hold the keys and values of each layer.
+# Then something happens. For each case say whether the keys and values **named in the brackets** that you hold are
+# still right (`True`) or must be computed anew (`False`).
 
 
 # %% tags=["exercise"]
@@ -506,8 +515,9 @@ checks.ex01_1(still_right)
 # %% [markdown]
 # ### Exercise 2 · The longest context (10 minutes)
 #
-# A GPU has `memory` bytes. The weights take `weights` bytes; everything else may be spent on the cache of `batch_size` sequences of equal length. How
-# many whole tokens can each sequence have? Return an `int`, and 0 if not even the weights fit.
+# A GPU has `memory` bytes. The weights take `weights` bytes; everything else may be spent on the cache of `batch_size`
+# sequences of equal length. How many whole tokens can each sequence have? Return an `int`, and 0 if not even the
+# weights fit.
 
 
 # %% tags=["exercise"]
@@ -527,9 +537,10 @@ checks.ex01_2(longest_context)
 # %% [markdown]
 # ### Exercise 3 · A chunk of new tokens (15 minutes)
 #
-# Our `attend` knows two situations: all tokens at once, or a single new one. A chat needs the case between: the cache holds a conversation, and the user adds a
-# message of several tokens at once. Write attention for `T` queries that are the **last** `T` of the `M` tokens whose keys and values are given. Each query may
-# see itself and everything before it.
+# Our `attend` knows two situations: all tokens at once, or a single new one. A chat needs the case between: the cache
+# holds a conversation, and the user adds a message of several tokens at once. Write attention for `T` queries that are
+# the **last** `T` of the `M` tokens whose keys and values are given. Each query may see itself and everything before
+# it.
 
 
 # %% tags=["exercise"]
@@ -553,8 +564,8 @@ checks.ex01_3(attend_chunk)
 # %% [markdown]
 # ### Exercise 4 · Grouped queries (10 minutes)
 #
-# Write causal attention for GQA: `h` query heads, `G` key and value heads, `G` divides `h`, and the groups consist of *neighbouring* query heads as in the picture. You may call
-# `attend`.
+# Write causal attention for GQA: `h` query heads, `G` key and value heads, `G` divides `h`, and the groups consist of
+# *neighbouring* query heads as in the picture. You may call `attend`.
 
 
 # %% tags=["exercise"]
@@ -576,9 +587,14 @@ checks.ex01_4(attend_grouped)
 # %% [markdown]
 # ## Summary
 #
-# - Causality makes past keys and values final, in every layer. Keeping them turns a growing cost per token into a nearly constant one.
-# - The price is $2 h d_h$ numbers per token and layer. It grows in a straight line with the text and with the number of users, and every decode step reads all of it.
-# - MQA and GQA give each token fewer keys, shared by a fixed pattern of heads. MLA stores a short latent and rebuilds the keys from it. All of them restrict the rank of the keys.
-# - At the paper's small size TPA caches 3.9 times less than MHA; others cache less than TPA. The interest lies in what is kept.
+# - Causality makes past keys and values final, in every layer. Keeping them turns a growing cost per token into a
+#   nearly constant one.
+# - The price is $2 h d_h$ numbers per token and layer. It grows in a straight line with the text and with the number of
+#   users, and every decode step reads all of it.
+# - MQA and GQA give each token fewer keys, shared by a fixed pattern of heads. MLA stores a short latent and rebuilds
+#   the keys from it. All of them restrict the rank of the keys.
+# - At the paper's small size TPA caches 3.9 times less than MHA; others cache less than TPA. The interest lies in what
+#   is kept.
 #
-# **Next:** [02 · Tensor product factorization](02_tensor_product_factorization.ipynb), where each token gets a low-rank matrix of its own.
+# **Next:** [02 · Tensor product factorization](02_tensor_product_factorization.ipynb), where each token gets a low-rank
+# matrix of its own.

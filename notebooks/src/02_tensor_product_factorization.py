@@ -1,0 +1,614 @@
+# %% [markdown]
+# # 02 · Tensor product factorization
+#
+# {badge}
+#
+# **You will be able to**
+#
+# - look at one token's queries, keys or values as a matrix, and say what its rank means;
+# - fit such a matrix by outer products (SVD), and read off honestly how well that works on real activations;
+# - write TPA's factors, Eq. 3.1 and its 1/R, and count the layer's parameters;
+# - tell contextual factors from LoRA's static ones and from MLA's fixed subspace;
+# - predict how large the attention logits are before the first training step.
+#
+# **You need** notebook 01 (heads, the KV cache, the table of ranks in its section 5) and matrix rank from linear
+# algebra.
+#
+# **Time** about 85 minutes to read and do; the code runs in at most 60 s on two CPU cores
+#
+# The idea of Tensor Product Attention fits in one sentence: *write each token's queries, keys and values as a short sum
+# of outer products, and cache the pieces.* This notebook builds that sentence up from one matrix.
+
+# %% tags=["setup"]
+# (filled in by notebooks/build.py)
+
+# %%
+import math
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tpa_minimal import checks, data, plots
+
+plots.style()
+_ = torch.manual_seed(0)
+
+# %% [markdown]
+# ## 1 · One token's keys are a matrix
+#
+# Multi-head attention gives a token `h` keys of width `d_h`. Written below each other they form a matrix
+# $K_t \in \mathbb{R}^{h \times d_h}$: **one row per head, one column per feature**. The same goes for $Q_t$ and $V_t$.
+#
+# We want to see real ones. "Real" must be said with care: we train a small MHA model here and now, for some seconds, on
+# the short lessons that this package can always make. It is a language model that has learned something, but a tiny
+# one. What we see in it need not hold for large models, and we shall draw no conclusion that depends on it.
+#
+# The trunk of the model, `T6`, is built in notebook 07; today we only use it.
+
+# %%
+from tpa_minimal.baselines import MultiHeadAttention
+from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, rms_norm
+
+lessons = data.prepare("lessons", tokens=200_000, progress=False)
+n_head, d_head = 8, 16
+config = T6Config(vocab_size=lessons.vocab_size, n_layer=2, d_model=96, n_head=n_head, d_head=d_head, max_len=64)
+
+
+# %%
+def train(attention, steps=150):
+    torch.manual_seed(0)
+    model = T6(config, attention=attention)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.1, total_iters=steps)
+    for step in range(steps):
+        tokens, targets = lessons.batch("train", step, batch_size=16, seq_len=64, seed=0)
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    return model.requires_grad_(False)
+
+
+held_out, held_out_targets = lessons.batch("val", 0, batch_size=32, seq_len=64, seed=0)
+
+
+def held_out_loss(model):
+    return F.cross_entropy(model(held_out).flatten(0, 1), held_out_targets.flatten()).item()
+
+
+# %%
+mha = train(MultiHeadAttention)
+mha_loss = held_out_loss(mha)
+clueless = math.log(lessons.vocab_size)
+print(f"held-out loss {mha_loss:.2f}; guessing evenly would give ln {lessons.vocab_size} = {clueless:.2f}")
+
+# %% [markdown]
+# Now the keys of the last layer, for some two thousand tokens of held-out text, and one of them as a picture:
+
+# %%
+x = mha.embedding(held_out)
+x = rms_norm(mha.blocks[0](x))  # what the last layer's attention gets to see: (32, 64, d_model)
+keys = mha.blocks[1].attention.k_proj(x).flatten(0, 1).unflatten(-1, (n_head, d_head))
+print(keys.shape)
+
+# %%
+fig, ax = plt.subplots(figsize=(6, 3))
+image = ax.imshow(keys[20], cmap="cividis")
+ax.set(xlabel="feature", ylabel="head", title="One token's keys: a matrix with a row for each head")
+ax.grid(False)
+fig.colorbar(image, label="value", shrink=0.8)
+plt.show()
+
+# %% [markdown]
+# (Rotary position embedding turns each row by the same rotation afterwards. That changes neither ranks nor any error
+# below, so we leave it out until notebook 03.)
+#
+# MHA caches this whole matrix, $h \cdot d_h$ numbers, and another one for the values. Must it?
+
+# %% [markdown]
+# ## 2 · Outer products and rank
+#
+# The cheapest interesting matrix is an **outer product** of a vector $a \in \mathbb{R}^h$ and a vector
+# $b \in \mathbb{R}^{d_h}$:
+#
+# $$(a \otimes b)_{ie} = a_i\, b_e .$$
+#
+# In words: every row is the same vector $b$, scaled by that row's entry of $a$. For attention: there is one key $b$,
+# and $a$ says how much each head gets of it, and with which sign. So $a$ is the **head factor** ("which heads"), $b$
+# the **feature factor** ("which features").
+
+# %%
+a = torch.tensor([1.0, -1.0, 0.5, 0.0])  # 4 heads
+b = torch.tensor([2.0, 0.0, 4.0])  # 3 features
+print(torch.outer(a, b))
+
+# %% [markdown]
+# 12 numbers, written down with 4 + 3. All rows are multiples of each other, so the rank is 1. The **rank** of a matrix
+# is the smallest number of outer products that add up to it. Adding a second one gives rank 2, and so on up to
+# $\min(h, d_h)$, where every matrix can be reached:
+
+# %%
+a, b = torch.randn(2, n_head), torch.randn(2, d_head)
+first, second = torch.outer(a[0], b[0]), torch.outer(a[1], b[1])
+fig, axes = plt.subplots(1, 3, figsize=(7, 2.5), sharey=True)
+for ax, matrix, name in zip(axes, (first, second, first + second), ("rank 1", "rank 1", "their sum: rank 2")):
+    ax.imshow(matrix, cmap="cividis")
+    ax.set(title=name, xlabel="feature")
+    ax.grid(False)
+    assert torch.linalg.matrix_rank(matrix) == int(name[-1])
+axes[0].set_ylabel("head")
+fig.suptitle("Stripes are outer products; two of them overlap to rank 2", x=0.02, ha="left", fontsize=12)
+plt.show()
+
+# %% [markdown]
+# With $R$ outer products, $R\,(h + d_h)$ numbers stand for $h \cdot d_h$. Whether that is less depends on the sizes:
+
+# %% tags=["nbval-check-output"]
+for h, d_h in ((8, 16), (12, 64), (64, 128)):
+    print(f"h={h}, d_h={d_h}: {h * d_h} numbers;", {R: R * (h + d_h) for R in (1, 2, 4, 8)}, "with R outer products")
+
+# %% [markdown]
+# Rank 8 at h = 8, d_h = 16 costs *more* than the matrix itself. Many wide heads and a small rank are where this pays.
+
+# %% [markdown]
+# ## 3 · The best fit, and what it does not say
+#
+# How close to $K_t$ can a sum of $R$ outer products come? The singular value decomposition answers this:
+#
+# $$K_t = \sum_{r} s_r\; u_r \otimes v_r, \qquad s_1 \ge s_2 \ge \dots \ge 0,$$
+#
+# with orthonormal $u_r \in \mathbb{R}^h$ and orthonormal $v_r \in \mathbb{R}^{d_h}$. **Keeping the first $R$ terms is
+# the best fit of rank $R$ there is** (Eckart and Young), and what it misses are exactly the dropped terms: its squared
+# error is $\sum_{r>R} s_r^2$.
+
+# %%
+u, s, vh = torch.linalg.svd(keys[20], full_matrices=False)
+fit = (u[:, :2] * s[:2]) @ vh[:2]  # (h, 2) @ (2, d_h)
+torch.testing.assert_close((keys[20] - fit).square().sum(), s[2:].square().sum())
+
+# %%
+fig, axes = plt.subplots(2, 2, figsize=(7, 4), sharex=True, sharey=True)
+for ax, R in zip(axes.flat, (8, 1, 2, 4)):
+    ax.imshow((u[:, :R] * s[:R]) @ vh[:R], cmap="cividis", vmin=keys[20].min(), vmax=keys[20].max())
+    ax.set_title("the token's keys, rank 8" if R == 8 else f"best fit of rank {R}: {R * 24} numbers")
+    ax.grid(False)
+fig.suptitle("A few outer products catch the large features only", x=0.02, ha="left", fontsize=12)
+fig.supxlabel("feature", fontsize=10.5)
+fig.supylabel("head", fontsize=10.5)
+plt.show()
+
+# %% [markdown]
+# Now for all tokens. A curve of errors means nothing without something to compare it with, since *every* matrix is
+# fitted better by a larger $R$. So we draw the same curve for matrices of pure noise.
+
+
+# %%
+def error_by_rank(matrices):
+    """Relative error of the best fit of each rank 0, 1, ...: root of (missed squares / all squares)."""
+    energy = torch.linalg.svdvals(matrices).square().sum(0)  # (min(h, d_h),)
+    missed = energy.sum() - torch.cat((torch.zeros(1), energy.cumsum(0)))
+    return (missed.clamp(min=0) / energy.sum()).sqrt()
+
+
+fig, ax = plt.subplots()
+ax.plot(error_by_rank(torch.randn(2000, n_head, d_head)), "s--", color="black", label="pure noise")
+ax.plot(error_by_rank(keys), "o-", label="keys of the trained MHA")
+ax.set(
+    xlabel="rank R of the fit (48 numbers per token at R = 2, all 128 for MHA)", ylabel="relative error of the best fit"
+)
+ax.set_title("These keys are hardly easier to fit than noise")
+ax.legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# A sobering picture, and worth a pause. A trained MHA model has been given no reason to keep its keys low-rank, and
+# ours does not. The best rank-2 fit of each single token's keys misses about two thirds of their length.
+#
+# Does that matter to the model? Let us cut its keys *and* values to rank $R$, in both layers, and look at the loss on
+# held-out text.
+
+
+# %%
+def cut(flat, R):
+    """The best rank-R fit of every token's matrix: (..., h · d_h) -> the same shape."""
+    u, s, vh = torch.linalg.svd(flat.unflatten(-1, (n_head, d_head)), full_matrices=False)
+    return ((u[..., :R] * s[..., None, :R]) @ vh[..., :R, :]).flatten(-2)
+
+
+cut_loss = {}
+for R in (1, 2, 3, 4, 6, 8):
+    projections = [p for block in mha.blocks for p in (block.attention.k_proj, block.attention.v_proj)]
+    hooks = [p.register_forward_hook(lambda _, __, out, R=R: cut(out, R)) for p in projections]
+    cut_loss[R] = held_out_loss(mha)
+    for hook in hooks:
+        hook.remove()
+print({R: round(loss, 2) for R, loss in cut_loss.items()}, " uncut:", round(mha_loss, 2))
+
+# %% [markdown]
+# At full rank nothing is lost, and at rank 1 or 2 a good deal is. **So TPA is not a way to compress a trained MHA.**
+# The SVD gives the vocabulary (factors, rank, fit), not the justification.
+#
+# TPA's proposal is another one: make the low rank part of the *model*, so that training can arrange itself with it.
+# Nobody needs $K_t$ to be close to what some MHA would have computed; the loss needs to be low.
+
+# %% [markdown]
+# ## 4 · Contextual factors: Eq. 3.1
+#
+# The factors of token $t$ must come from what the layer knows about the token, its hidden state $x_t$. The simplest
+# choice: each is a linear map of it, without bias,
+#
+# $$a_r(x_t) = W^a_r\, x_t \in \mathbb{R}^{h}, \qquad b_r(x_t) = W^b_r\, x_t \in \mathbb{R}^{d_h},
+# \qquad r = 1, \dots, R,$$
+#
+# and the queries are their sum of outer products, divided by $R$ (Eq. 3.1 of the paper):
+#
+# $$\boxed{\; Q_t = \frac{1}{R_Q} \sum_{r=1}^{R_Q} a^Q_r(x_t) \otimes b^Q_r(x_t) \;}$$
+#
+# with keys and values likewise, by their own maps and ranks $R_K$ and $R_V$. In words: *the token itself decides which
+# heads get which features*. We keep the factors rank-major, as the paper does: $A$ with one row per $a_r$ is
+# $R \times h$, $B$ is $R \times d_h$.
+
+# %%
+rank = 2
+W_a = torch.randn(rank * n_head, config.d_model, dtype=torch.float64) / math.sqrt(config.d_model)
+W_b = torch.randn(rank * d_head, config.d_model, dtype=torch.float64) / math.sqrt(config.d_model)
+tokens_in = x[:2, :5].double()  # (B, T, d_model): 2 sequences, 5 tokens each
+A = F.linear(tokens_in, W_a).unflatten(-1, (rank, n_head))  # (B, T, R, h)
+B = F.linear(tokens_in, W_b).unflatten(-1, (rank, d_head))  # (B, T, R, d_h)
+print(A.shape, B.shape)
+
+# %% [markdown]
+# Three ways to write the same sum: literally; as an `einsum`; and as a matrix product, because summing $a_{ri} b_{re}$
+# over $r$ *is* the product $A^\top B$.
+
+# %% claim="eq-3.1"
+literally = torch.zeros(2, 5, n_head, d_head, dtype=torch.float64)
+for i in range(2):
+    for t in range(5):
+        for r in range(rank):
+            literally[i, t] += torch.outer(A[i, t, r], B[i, t, r]) / rank
+by_einsum = torch.einsum("btrh,btrd->bthd", A, B) / rank
+by_product = A.mT @ B / rank
+torch.testing.assert_close(by_einsum, literally, rtol=0, atol=1e-12)
+torch.testing.assert_close(by_product, literally, rtol=0, atol=1e-12)
+
+# %% [markdown]
+# The last one goes into the module. Dividing `b` first is the same thing, only cheaper: there are fewer entries in the
+# factor than in the result.
+
+# %% tags=["tpa"]
+# {{tpa: assemble}}
+
+# %%
+torch.testing.assert_close(assemble(A, B), literally, rtol=0, atol=1e-12)
+assert all(torch.linalg.matrix_rank(matrix) <= rank for matrix in assemble(A, B).flatten(0, 1))
+
+# %% [markdown]
+# ### Does training arrange itself with a low rank?
+#
+# Same trunk, same data, same number of steps and of heads; only the attention is TPA now, with $R_Q = 6$,
+# $R_K = R_V = 2$ (the paper's ranks). Its cache holds $(2+2)(8+16) = 96$ numbers per token and layer, MHA's 256. (The
+# layer is built in notebook 05; we borrow it.)
+
+# %%
+tpa = train(TensorProductAttention)
+tpa_loss = held_out_loss(tpa)
+print(f"MHA {mha_loss:.2f}, the same MHA cut to rank 2 {cut_loss[2]:.2f}, TPA trained with rank 2 {tpa_loss:.2f}")
+
+# %%
+fig, ax = plt.subplots()
+ax.plot(list(cut_loss), list(cut_loss.values()), "o-", label="MHA, K and V cut after training")
+ax.axhline(mha_loss, color="black", ls=":", label="MHA, uncut")
+ax.plot([2], [tpa_loss], "D", ms=9, color=plots.COLOURS[1], label="TPA, trained with rank 2")
+ax.set(xlabel="rank of each token's keys and values", ylabel="held-out loss (nats per token)")
+ax.set_title("Training with a low rank costs less than cutting afterwards")
+ax.legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# Trained within rank 2, the model does better than an MHA cut to rank 2 afterwards, from the same number of steps and
+# with somewhat fewer weights. It does *not* reach the uncut MHA here: that one caches 2.7 times as much, and a toy run
+# of seconds with one seed is no more than an illustration. The paper's comparison at 124M parameters and 50 billion
+# tokens, with as many *parameters* on both sides, ends in a tie (46.19 for MHA, 46.21 for TPA; single runs).
+
+# %% [markdown]
+# ## 5 · Contextual is not static: LoRA, MLA, and fixed factors
+#
+# "Low rank" appears in several methods, and they are easily mixed up. **LoRA** fine-tunes a weight matrix by adding a
+# product of two thin ones, $W + U V$. Its factors $U$ and $V$ are *weights*: the same for all tokens. What is short
+# there is the list of trained parameters. Does it make a token's key matrix low-rank? Let us ask, with 200 tokens of
+# width 64:
+
+# %% tags=["nbval-check-output"] claim="contextual-vs-static"
+xs = torch.randn(200, 64, dtype=torch.float64)
+W = torch.randn(64, n_head * d_head, dtype=torch.float64)
+U, V = torch.randn(64, 2, dtype=torch.float64), torch.randn(2, n_head * d_head, dtype=torch.float64)
+A = (xs @ torch.randn(64, 2 * n_head, dtype=torch.float64)).unflatten(-1, (2, n_head))
+B = (xs @ torch.randn(64, 2 * d_head, dtype=torch.float64)).unflatten(-1, (2, d_head))
+stacks = {"full W": xs @ W, "LoRA: W + UV": xs @ (W + U @ V), "UV alone": xs @ U @ V, "TPA": assemble(A, B).flatten(1)}
+print("rank 2 in         one token's K    K of 200 tokens, stacked")
+for name, stack in stacks.items():
+    one = torch.linalg.matrix_rank(stack[0].view(n_head, d_head))
+    print(f"{name:14}  {int(one):15d} {int(torch.linalg.matrix_rank(stack)):26d}")
+
+# %% [markdown]
+# Read the columns separately; they are two different notions of "low rank".
+#
+# - **LoRA** leaves a token's keys at full rank (8) and the stack at the rank that `d_model` allows (64). All 128
+#   numbers must be cached: LoRA does nothing for the cache.
+# - **UV alone** is MLA's idea (with 2 in place of $d_c$): all tokens' keys are combinations of the same 2 fixed
+#   matrices, *each of full rank*. One caches the two coefficients.
+# - **TPA** turns it around: each token's matrix has rank 2, but every token has its own, and together they fill all 128
+#   dimensions, more than the 64 of `d_model`.
+#
+# Which restriction suits a given model better is an empirical question. For the MHA that we trained in section 1 we can
+# ask the SVD: how well do its keys fit each kind, at 48 numbers per token?
+
+# %%
+flat = torch.linalg.svdvals(keys.flatten(1)).square()  # one fixed subspace for the flattened keys, as in MLA
+fixed_a = torch.linalg.svdvals(keys.mT.flatten(0, 1)).square()  # fixed head factors: store R · d_h numbers
+print(f"each token its own rank-2 matrix (48 numbers): error {error_by_rank(keys)[2]:.2f}")
+print(f"3 head factors fixed for all tokens (48):      error {(fixed_a[3:].sum() / fixed_a.sum()).sqrt():.2f}")
+print(f"one fixed 48-dimensional space, as MLA's (48): error {(flat[48:].sum() / flat.sum()).sqrt():.2f}")
+
+# %% [markdown]
+# Own factors for each token fit better than head factors that are fixed for all; the paper calls the latter
+# *non-contextual A* and finds it weaker too (small size, zero-shot: 45.03 against 46.21). But *this* MHA's keys fit
+# best into a fixed subspace across all heads: they are linear in $x_t$, which makes them easy for it. Whoever wants to
+# convert a trained MHA has a reason to look at MLA first. TPA is meant to be trained as TPA.
+
+# %% [markdown]
+# ## 6 · The configuration, and the parameters counted
+#
+# All sizes of a model live in one immutable object that says no to what cannot work: a mistake in a size is cheapest to
+# find before the model exists. Note that `n_head * d_head` need **not** equal `d_model`: TPA often has many more heads
+# than MHA could pay for.
+
+# %% tags=["tpa"]
+# {{tpa: T6Config}}
+
+# %% [markdown]
+# Two things to notice. `frozen=True` means that nobody can change a size behind the model's back, which is why the
+# default of `d_ff` is put in by `object.__setattr__`. And each complaint names the value, the rule and a way out:
+
+# %%
+try:
+    T6Config(vocab_size=100, n_layer=1, d_model=96, n_head=8, d_head=15)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# Now count the layer's weights. Each of the three (Q, K, V) has $R$ maps from `d_model` to $h$ and $R$ from `d_model`
+# to $d_h$. The output matrix takes the concatenated heads back:
+#
+# $$d_\text{model}\,(R_Q + R_K + R_V)(h + d_h) \;+\; d_\text{model}\, h\, d_h .$$
+
+# %% claim="table-1-parameters"
+small = T6Config.preset("small-124M")
+factors = small.d_model * (small.rank_q + small.rank_k + small.rank_v) * (small.n_head + small.d_head)
+output = small.d_model * small.n_head * small.d_head
+layer = TensorProductAttention(small)
+assert sum(p.numel() for p in layer.parameters()) == factors + output
+print(f"factors {factors:,} + output {output:,} = {factors + output:,};  MHA with 12 heads: {4 * 768**2:,}")
+
+# %% [markdown]
+# That is how the paper arrives at 34 heads for its small model: the factor maps are so small that 34 heads of width 64
+# cost about as much as MHA's 12. Most of the weights now sit in the output matrix.
+
+# %% [markdown]
+# ## 7 · How large should the numbers be at the start?
+#
+# A product of two random factors is a touchy thing. Let us follow the variance from the weights to the logits, for a
+# hidden state whose entries have mean square 1 (it comes out of an RMSNorm).
+#
+# **Weights.** Uniform on $(-\beta, \beta)$, which has variance $\beta^2/3$. Xavier's rule sets
+# $\beta = \sqrt{6 / (n_\text{in} + n_\text{out})}$.
+#
+# **Factors.** An entry of $a$ sums `d_model` products of a weight and an entry of $x$, so
+# $\operatorname{var} a = d_\text{model}\, \beta_a^2 / 3$. The same for $b$, with its own $\beta_b$.
+#
+# **Queries.** An entry of $Q_t$ is $\frac1R \sum_r a_r b_r$: a sum of $R$ independent terms of variance
+# $\operatorname{var} a \cdot \operatorname{var} b$ each, divided by $R$. So
+#
+# $$\operatorname{var} Q = \frac{1}{R^2} \cdot R \cdot \operatorname{var} a \,\operatorname{var} b
+# = \frac{\operatorname{var} a \, \operatorname{var} b}{R}.$$
+#
+# The division makes the sum a *mean*, so more ranks give smaller queries, not larger ones. From there to the logits is
+# exercise 4; here we measure.
+#
+# Which $n_\text{in}$ and $n_\text{out}$? App. G of the paper takes the layer's own: $n_\text{in}$ = `d_model`, and
+# $n_\text{out} = R h$ or $R d_h$, all ranks being one matrix. The authors' code instead hands torch a
+# *three-dimensional view* of the weight, and torch's Xavier then multiplies one axis into both counts. The difference
+# is large:
+
+# %% claim="app-g-initialization"
+d_model, h, d_h, R = 128, 8, 32, 6
+for name, shape in (("a", (d_model, h, R)), ("b", (d_model, R, d_h))):
+    width = h if name == "a" else d_h
+    as_matrix = nn.init.xavier_uniform_(torch.empty(d_model, R * width)).abs().max()
+    as_view = nn.init.xavier_uniform_(torch.empty(shape)).abs().max()
+    print(
+        f"W_{name} of the queries: largest entry {as_matrix:.3f} by App. G, {as_view:.3f} by the three-dimensional view"
+    )
+
+# %% [markdown]
+# We offer both, the paper's formula being the default. Neither is a mistake as far as training is concerned: a smaller
+# start is a choice that many models make. One only has to know which one runs.
+
+# %% tags=["tpa"]
+# {{tpa: factor_bound}}
+
+# %% [markdown]
+# The last axis of their view is the rank for a head factor and the feature for a feature factor. Torch takes all axes
+# after the second as a "receptive field", which it multiplies into both the fan-in and the fan-out. (`n_out` already
+# contains `rank * width`, so only `n_in` changes.) It agrees with what torch does:
+
+# %%
+for init in ("paper", "authors"):
+    c = T6Config(vocab_size=100, n_layer=1, d_model=d_model, n_head=h, d_head=d_h, rank_q=R, init=init)
+    print(f"{init:8} {factor_bound(c, R, h, True):.3f} for W_a, {factor_bound(c, R, d_h, False):.3f} for W_b")
+
+# %% [markdown]
+# ### Measured in the real layer
+#
+# The paper's small size, 256 random tokens: the standard deviation of $q \cdot k / \sqrt{d_h}$ with either
+# initialization, and with the two divisions by $R$ left out.
+
+
+# %%
+def logits_at_the_start(init):
+    """The logits of a new layer, before any training: (h, T, T)."""
+    torch.manual_seed(0)
+    config = T6Config.preset("small-124M", init=init)
+    with torch.no_grad():
+        a_q, b_q, a_k, b_k, _, _ = TensorProductAttention(config).factors(rms_norm(torch.randn(1, 256, 768)))
+    return torch.einsum("bthd,bshd->hts", assemble(a_q, b_q), assemble(a_k, b_k)) / math.sqrt(config.d_head)
+
+
+# %%
+start = {"authors' code": logits_at_the_start("authors"), "paper, App. G": logits_at_the_start("paper")}
+start["App. G without 1/R"] = start["paper, App. G"] * 6 * 2  # R_Q for the queries, R_K for the keys
+for name, logits in start.items():
+    print(f"{name:20} standard deviation of the logits {logits.std():.3f}")
+
+# %% [markdown]
+# What does that mean for attention? Sort the weights that a query gives to 256 keys from the largest to the smallest,
+# and average over all queries and heads:
+
+# %%
+fig, ax = plt.subplots()
+for (name, logits), line in zip(start.items(), ("-", "--", "-.")):
+    weights = logits.softmax(-1).sort(-1, descending=True).values.mean((0, 1))  # (256,)
+    ax.loglog(range(1, 257), weights, line, label=name)
+ax.set(xlabel="keys, from the most to the least attended", ylabel="attention weight", ylim=(1e-5, 1.5))
+ax.set_title("Without 1/R, attention is decided before training begins")
+ax.legend(frameon=False, loc="lower left")
+plt.show()
+
+# %% [markdown]
+# With the authors' start every key gets 1/256: attention begins as a plain average. With the paper's formula it leans
+# gently. Without $1/R$ a single key takes most of the weight, by chance, and a softmax that is nearly one-hot passes
+# hardly any gradient to the others. That is one reason for the $1/R$. Another comes in notebook 04: with it, MHA is
+# *exactly* a TPA.
+
+# %% [markdown]
+# ## Exercises
+#
+# ### Exercise 1 · The best factors (10 minutes)
+#
+# Return factors `a` (R, h) and `b` (R, d_h) for which `assemble(a, b)` is the best rank-`R` fit of a matrix (h, d_h).
+
+
+# %% tags=["exercise"]
+def best_factors(matrix, R):
+    raise NotImplementedError
+
+
+# %% tags=["solution"]
+def best_factors(matrix, R):
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    a = (u[:, :R] * s[:R]).mT  # (R, h), with the sizes
+    return R * a, vh[:R]  # times R, because assemble divides by it
+
+
+# %%
+checks.ex02_1(best_factors)
+
+# %% [markdown]
+# ### Exercise 2 · When does it pay? (5 minutes)
+#
+# MHA with `h` heads caches $2 h d_h$ numbers per token. TPA with as many heads and $R_K = R_V = R$ caches its factors.
+# Return the largest whole `R` for which TPA caches *less*, or 0 if there is none.
+
+
+# %% tags=["exercise"]
+def largest_rank_that_saves(h, d_h):
+    raise NotImplementedError
+
+
+# %% tags=["solution"]
+def largest_rank_that_saves(h, d_h):
+    return (h * d_h - 1) // (h + d_h)  # R (h + d_h) < h d_h; the factor 2 stands on both sides
+
+
+# %%
+checks.ex02_2(largest_rank_that_saves)
+
+# %% [markdown]
+# ### Exercise 3 · Is TPA a linear map? (10 minutes)
+#
+# Suppose that every hidden state $x$ is doubled. By which factor does each of these change? And in the last case $x$ is
+# replaced by $-x$. Think first; then you may try it with `A`, `B` and `assemble`.
+
+
+# %% tags=["exercise"]
+def scaling():
+    raise NotImplementedError
+    return {  # replace each ... by a number
+        "a": ...,  # an entry of K in MHA
+        "b": ...,  # an entry of K in TPA
+        "c": ...,  # a logit q · k in MHA
+        "d": ...,  # a logit q · k in TPA
+        "e": ...,  # a logit when only the keys are factorized and q is one linear map of x
+        "f": ...,  # an entry of K in TPA when x becomes -x
+    }
+
+
+# %% tags=["solution"]
+def scaling():
+    return {
+        "a": 2,  # linear in x
+        "b": 4,  # a and b both double: K is quadratic in x, which no static low-rank weight can imitate
+        "c": 4,
+        "d": 16,
+        "e": 8,  # linear times quadratic
+        "f": 1,  # both signs change: Q, K and V of TPA cannot tell x from -x
+    }
+
+
+# %%
+checks.ex02_3(scaling)
+
+# %% [markdown]
+# ### Exercise 4 · Predict the logits (20 minutes)
+#
+# Section 7 measured the standard deviation of $q \cdot k / \sqrt{d_h}$ at the start. Predict it: go on from the
+# variances of $Q$ and $K$, for any `config` (either `init`), with `factor_bound`. Entries of $x$ have mean square 1,
+# and $q$ and $k$ are independent since they come from different weights.
+
+
+# %% tags=["exercise"]
+def logit_std(config):
+    raise NotImplementedError
+
+
+# %% tags=["solution"]
+def logit_std(config):
+    variance = 1.0  # of q · k / √d_h: d_h products of variance var(q) var(k) each, divided by d_h
+    for rank in (config.rank_q, config.rank_k):
+        var_a = config.d_model * factor_bound(config, rank, config.n_head, True) ** 2 / 3
+        var_b = config.d_model * factor_bound(config, rank, config.d_head, False) ** 2 / 3
+        variance *= var_a * var_b / rank
+    return math.sqrt(variance)
+
+
+# %%
+checks.ex02_4(logit_std)
+
+# %% [markdown]
+# ## Summary
+#
+# - A token's queries, keys or values form an h × d_h matrix. An outer product $a \otimes b$ is "which heads" times
+#   "which features"; the rank counts how many of them are needed.
+# - TPA computes the factors by linear maps of the token, $Q_t = \frac1{R_Q} A_Q(x_t)^\top B_Q(x_t)$, and K and V
+#   likewise: at most rank $R$ for each token, another matrix for each token.
+# - It is not a compression of a trained MHA (whose keys need not be low-rank), not LoRA (whose factors are the same for
+#   all tokens), and not MLA (one subspace for all tokens).
+# - The layer has $d_\text{model}(R_Q+R_K+R_V)(h+d_h) + d_\text{model} h d_h$ weights. $1/R$ and the initialization
+#   decide how sharp attention is before training.
+#
+# **Next:** [03 · RoPE and pre-rotation](03_rope_and_prerotation.ipynb): positions, and why the factor $B$ alone has to
+# carry them.
