@@ -1,6 +1,13 @@
 """Weights carried over compute the same: attention layers, LLaMA models, the authors' checkpoints, files and a hub."""
 
+import base64
+import hashlib
+import http.server
 import json
+import os
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -11,11 +18,6 @@ from torch import nn
 from tpa_minimal import convert, variants
 from tpa_minimal.baselines import MultiHeadAttention, MultiHeadLatentAttention
 from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, assemble
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def config(**changes) -> T6Config:
@@ -564,3 +566,83 @@ def test_what_cannot_be_described_or_read_is_refused(tmp_path):
     refuse("colour.*does not know", config={**good["config"], "colour": 1})
     refuse("not as config.json describes", config={**good["config"], "n_head": 3})
     refuse("d_head=7", config={**good["config"], "d_head": 7})
+
+
+class LoopbackHub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's protocol as pushing and pulling one small repository takes; files are kept in memory."""
+
+    protocol_version = "HTTP/1.1"
+    repository, files, commit = "someone/tiny-t6", {}, "0" * 40
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, body=b"", status=200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": self.commit, **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path == "/api/repos/create":
+            found = {"url": f"http://{self.headers['Host']}/{self.repository}"}
+        elif self.path == f"/api/models/{self.repository}/preupload/main":
+            files = json.loads(body)["files"]
+            found = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+        else:
+            assert self.path == f"/api/models/{self.repository}/commit/main"
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            found = {
+                "commitUrl": f"http://{self.headers['Host']}/{self.repository}/commit/{self.commit}",
+                "commitOid": self.commit,
+            }
+        self.answer(json.dumps(found).encode(), Content_Type="application/json")
+
+    def do_GET(self):
+        name = self.path.removeprefix(f"/{self.repository}/resolve/main/")
+        if name not in self.files:
+            return self.answer(status=404, X_Error_Code="EntryNotFound")
+        self.answer(self.files[name], ETag=f'"{hashlib.sha1(self.files[name]).hexdigest()}"')
+
+    do_HEAD = do_GET
+
+
+def test_pushed_to_a_hub_and_pulled_from_it(tmp_path):
+    """The calls that users make, huggingface_hub's client included, in a process that takes a loopback hub for it."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), LoopbackHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    program = """
+import torch
+from tpa_minimal import convert, variants
+from tpa_minimal.tpa import T6, T6Config
+config = T6Config(vocab_size=31, n_layer=2, d_model=24, n_head=6, d_head=8, max_len=64)
+model = T6(config, attention=variants.SharedFeatureFactors)
+print(convert.push_to_hub(model, "someone/tiny-t6"))
+again = convert.from_pretrained("someone/tiny-t6")
+tokens = torch.arange(20)[None]
+assert torch.equal(again(tokens), model(tokens)) and again.config == config
+"""
+    environment = dict(
+        os.environ,
+        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+        HF_HOME=str(tmp_path),
+        HF_TOKEN="hf_loopback",
+        HF_HUB_OFFLINE="0",
+        HF_HUB_DISABLE_XET="1",
+        NO_PROXY="127.0.0.1",
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(f"/someone/tiny-t6/commit/{'0' * 40}")
+    assert sorted(LoopbackHub.files) == ["config.json", "model.safetensors"]

@@ -9,7 +9,6 @@ from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, apply_rope, ro
 
 @pytest.fixture(autouse=True)
 def float64():
-    torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

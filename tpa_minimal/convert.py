@@ -577,4 +577,4 @@ def push_to_hub(
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
         )
-    return str(commit)
+    return commit.commit_url
