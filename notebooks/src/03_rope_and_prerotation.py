@@ -99,7 +99,8 @@ print("x T_1 =", (x @ rotation(theta)).tolist())
 # %%
 def arrow(ax, vector, label, **style):
     ax.annotate("", vector, (0, 0), arrowprops=dict(arrowstyle="-|>", lw=2, shrinkA=0, shrinkB=0, **style))
-    ax.text(*(1.18 * torch.as_tensor(vector)).tolist(), label, ha="center", va="center")
+    side = "left" if vector[0] > 0.5 else "right" if vector[0] < -0.5 else "center"
+    ax.text(*(1.15 * torch.as_tensor(vector)).tolist(), label, ha=side, va="center")
 
 
 fig, axes = plt.subplots(1, 2, figsize=(8, 3.7))
@@ -114,7 +115,7 @@ for shift, shade in ((0, "black"), (8, "0.55")):
     arrow(axes[1], k_s.tolist(), f"k, s={s}", color=shade, linestyle="--")
 axes[1].set_title("Shift both by 8: same angle between")
 for ax in axes:
-    ax.set(xlim=(-1.35, 1.45), ylim=(-1.35, 0.85), aspect="equal", xlabel="feature 1", ylabel="feature 2")
+    ax.set(xlim=(-1.8, 1.6), ylim=(-1.35, 0.85), aspect="equal", xlabel="feature 1", ylabel="feature 2")
 plt.show()
 
 # %% [markdown]
@@ -424,10 +425,10 @@ _, turned = attend(long_text, rotate="qkv")
 length = assemble(long_text[4], long_text[5])[0, 0, 0].norm()  # of the value that head 0 reads
 
 fig, ax = plt.subplots()
-for out, style, label in ((right, "-", "values not rotated"), (turned, "--", "values rotated")):
+for out, style, label, up in ((right, "-", "values not rotated", 8), (turned, "--", "values rotated", -16)):
     curve = out[0, :, 0].norm(dim=-1) / length
     ax.semilogx(range(1, 1025), curve, style, base=2)
-    ax.annotate(label, (1024, curve[-1]), xytext=(0, 9), textcoords="offset points", ha="right")
+    ax.annotate(label, (1024, curve[-1]), xytext=(-6, up), textcoords="offset points", ha="right")
 ax.set(xlabel="context length (tokens)", ylabel="length of head 0's output\nover length of the value", ylim=(0, 1.15))
 ax.set_title("Rotated values cancel when they are averaged")
 plt.show()
@@ -487,8 +488,8 @@ assert max(errors[kinds[-1]]) < 1e-6 < 1e-4 < min(errors["bfloat16 tables"])
 fig, ax = plt.subplots(figsize=(7, 4.2))
 for (kind, values), style in zip(errors.items(), ("-s", "-.^", "--o", "-D")):
     ax.loglog(t_values, values, style, ms=4, lw=1.5)
-    ax.annotate(kind, (t_values[0], values[0]), xytext=(0, 8), textcoords="offset points")
-ax.set(xlabel="position t (tokens)", ylabel="relative error of the logits", ylim=(1e-8, 10))
+    ax.annotate(kind, (t_values[6], values[6]), xytext=(6, -14), textcoords="offset points")
+ax.set(xlabel="position t (tokens)", ylabel="relative error of the logits", ylim=(3e-9, 10))
 ax.set_title("Coarse tables break the relative-position identity")
 plt.show()
 
