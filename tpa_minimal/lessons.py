@@ -9,6 +9,7 @@ lessons, never to both: predicting a held-out answer takes reading the lesson, n
 """
 
 import base64
+import itertools
 import os
 import random
 import re
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 VERSION = 1  # part of the key of every cached shard: raise it whenever a seed gives other texts
-HELD_OUT_SHARE = 1 / 16  # of the lessons, and of the names and pairs of numbers
+HELD_OUT_ONE_IN = 16  # lessons, names and pairs of numbers
 TOKENIZER_FILE = Path(__file__).with_name("lessons.tiktoken")
 N_VOCAB = 1024  # 256 bytes, 767 merges, <|endoftext|>
 
@@ -34,7 +35,7 @@ NUCLEI = "a e i o u ai".split()
 MEDIALS = "b d g l ll m n nd r rd rn s st th v z".split()
 ENDINGS = {
     "person": "a an ea el en ia is or".split(),
-    "place": "ary ay aven eby ia Hill Bay Bridge".split(),
+    "place": "ary oak aven eby erton Hill Bay Bridge".split(),
     "thing": "ack ade ell et ick in ole um".split(),
 }
 COLOURS = "red blue green yellow white black brown grey silver golden pink orange".split()
@@ -95,8 +96,8 @@ def name(kind: str, parts: tuple[int, int, int, int]) -> str:
 
 
 def is_held_out(*parts: int) -> bool:
-    """Whether the name with these parts, or this pair of numbers, belongs to the held-out lessons: 1 in 16 does."""
-    return sum((2 * i + 1) * part for i, part in enumerate(parts)) % 16 == 5
+    """Whether the name with these parts, or this pair of numbers, belongs to the held-out lessons."""
+    return sum((2 * i + 1) * part for i, part in enumerate(parts)) % HELD_OUT_ONE_IN == 5
 
 
 class Draw:
@@ -335,8 +336,8 @@ LESSONS = (
 def documents(seed: int = 0) -> Iterator[tuple[str, bool]]:
     """Lessons without end, the same for a seed on every machine: (text, whether it is held out for validation)."""
     draw = Draw(seed)
-    while True:
-        draw.held_out = draw.random() < HELD_OUT_SHARE
+    for number in itertools.count():
+        draw.held_out = number % HELD_OUT_ONE_IN == 3
         yield draw.one(LESSONS)(draw), draw.held_out
 
 
