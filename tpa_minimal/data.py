@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -328,7 +329,7 @@ def _unreachable(address: str, seconds: float) -> str | None:
         try:
             with requests.get(address, timeout=seconds, stream=True) as response:
                 answers.put(None if response.ok else f"answers {response.status_code}")
-        except requests.RequestException as error:
+        except Exception as error:
             slow = isinstance(error, requests.Timeout)
             answers.put(f"does not answer within {seconds:g} s" if slow else "cannot be reached")
 
@@ -338,7 +339,7 @@ def _unreachable(address: str, seconds: float) -> str | None:
         problem = answers.get(timeout=seconds)
     except queue.Empty:
         problem = f"does not answer within {seconds:g} s"
-    return problem and f"{address.split('/')[2]} {problem}"
+    return problem and f"{urlsplit(address).netloc or address} {problem}"
 
 
 def _hub_documents() -> Iterator[tuple[str, float]]:
@@ -410,10 +411,8 @@ def _parquet_documents(open_file: Callable, name: str, attempt: Callable) -> Ite
 
 def _local_files(path: Path) -> list[Path]:
     if not path.exists():
-        known = "auto, fineweb-edu, lessons"
-        raise DataError(
-            f"data source {str(path)!r} is no file or folder here; give a path that exists or one of {known}"
-        )
+        known = "auto, fineweb-edu or lessons"
+        raise DataError(f"data source {str(path)!r} is no file or folder; give a path that exists, or {known}")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files or files[0].suffix.lower() not in SUFFIXES:
         raise DataError(f"{path} is not and does not hold a file that can be read; give one of {', '.join(SUFFIXES)}")
@@ -434,7 +433,8 @@ def _local_documents(files: list[Path]) -> Iterator[tuple[str, float]]:
         except OSError as error:
             raise DataError(f"{file} cannot be read: {_short(error)}; check its permissions") from error
         except UnicodeDecodeError as error:
-            raise DataError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+            wrong = error.object[error.start]
+            raise DataError(f"{file} is not UTF-8 text (it holds the byte {wrong:#x}); save it as UTF-8") from error
 
 
 def _json_texts(lines, file: Path) -> Iterator[str]:
