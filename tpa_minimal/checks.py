@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from tpa_minimal.tpa import T6, T6Config, apply_rope, assemble, factor_bound, rope_tables
+from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, apply_rope, assemble, factor_bound, rope_tables
 
 
 class WrongAnswer(Exception):
@@ -242,7 +242,7 @@ def ex02_1(attempt):
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(6, 10, dtype=torch.float64, generator=generator)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    for R in (1, 3, 6):
+    for R in (3, 1, 6):
         got = attempt(matrix, R)
         if not isinstance(got, tuple) or len(got) != 2:
             raise WrongAnswer("return two tensors, a and b")
@@ -286,11 +286,11 @@ def ex02_2(attempt):
             (product - 1) // total,
             {
                 f"h={h}, d_h={d_head}: at this rank both take equally much; smaller was asked": product // total,
-                f"h={h}, d_h={d_head}: twice too large, keys *and* values are factorized: 2R(h + d_h)": (
+                f"h={h}, d_h={d_head}: twice too large: TPA caches factors of keys *and* of values, 2R(h + d_h)": (
                     2 * product - 1
                 )
                 // total,
-                f"h={h}, d_h={d_head}: half of it would be right if one rank served both; R_K = R_V = R": (product - 1)
+                f"h={h}, d_h={d_head}: half of the right rank: MHA caches keys *and* values, 2 · h · d_h": (product - 1)
                 // (2 * total),
                 f"h={h}, d_h={d_head}: min(h, d_h) is the largest rank there is, not the largest that saves": min(
                     h, d_head
@@ -626,3 +626,401 @@ def ex07_3(moved_by_the_first_step):
         if (name in given) != (name in moved):
             does = "does move" if name in moved else "does not move"
             raise WrongAnswer(f"{name} {does}: {reasons[name]}")
+
+
+# ------------------------------------------------------------------------------------------------ 04
+
+
+@exercise
+def ex04_1(attempt):
+    """Constant head factors (R, h) for key heads shared in groups of any shape: attempt(reads)."""
+    generator = torch.Generator().manual_seed(0)
+    for reads in ([0, 0, 1, 0], [0, 1, 2], [0, 0, 0], [2, 0, 1, 1, 0], [0, 0, 1, 1]):
+        R, h = max(reads) + 1, len(reads)
+        a = attempt(list(reads))
+        if isinstance(a, torch.Tensor) and a.shape == (h, R) and R != h:
+            raise WrongAnswer(f"A has one row per rank: shape (R, h) = ({R}, {h}); yours is the transpose, ({h}, {R})")
+        a = _tensor(a, (R, h)).double()
+        b = torch.randn(R, 8, generator=generator, dtype=torch.float64)
+        got, asked = assemble(a, b), b[reads]
+        if _close(got, asked):
+            continue
+        if _close(R * got, asked):
+            raise WrongAnswer("each key comes out R times too small: the masks must undo the 1/R of assemble")
+        if _close(got * R / h, asked):
+            raise WrongAnswer(
+                "the factor that undoes 1/R is R, the number of key heads; h is right only for MHA, where R = h"
+            )
+        if h % R == 0 and _close(a, R * torch.eye(R, dtype=a.dtype).repeat_interleave(h // R, dim=1)):
+            raise WrongAnswer(
+                "these are equal groups of neighbours; head i must read key head reads[i], wherever it stands"
+            )
+        if ((a != 0).sum(0) > 1).any():
+            raise WrongAnswer(
+                f"for reads={reads} some head mixes several key heads: each column of A has one entry that is not 0"
+            )
+        raise WrongAnswer(f"for reads={reads}: column i of A must be R in row reads[i] and 0 in the others")
+
+
+@exercise
+def ex04_2(attempt):
+    """The largest G dividing h with which GQA caches no more than TPA of rank R: attempt(h, d_head, rank)."""
+
+    def largest(h, budget):
+        return max((G for G in range(1, h + 1) if h % G == 0 and budget(G)), default=0)
+
+    for h, d, R in ((32, 128, 2), (36, 64, 2), (64, 128, 1), (64, 64, 2), (12, 64, 3), (8, 128, 12)):
+        G, truth = attempt(h, d, R), largest(h, lambda G: G * d <= R * (h + d))  # noqa: B023
+        if G == truth:
+            continue
+        where = f"for h={h}, d_h={d}, R={R} the answer is {truth}, and yours is {G}: "
+        if not isinstance(G, int) or G < 1 or h % G:
+            raise WrongAnswer(where + "G must be a whole number that divides h")
+        if G == largest(h, lambda G: G * d < R * (h + d)):  # noqa: B023
+            raise WrongAnswer(where + "'no more' includes an equal number")
+        if G == largest(h, lambda G: G <= R):  # noqa: B023
+            raise WrongAnswer(
+                where + "contextual TPA caches its head factors too, h + d_h numbers per rank and not d_h"
+            )
+        if G in (largest(h, lambda G: 2 * G * d <= R * (h + d)), largest(h, lambda G: G * d <= 2 * R * (h + d))):  # noqa: B023
+            raise WrongAnswer(where + "count keys and values on both sides: 2 G d_h against (R_K + R_V)(h + d_h)")
+        verb = "caches more than TPA" if G > truth else "leaves room for a larger G"
+        raise WrongAnswer(where + f"GQA with {G} groups caches {2 * G * d} numbers, TPA {2 * R * (h + d)}; that {verb}")
+
+
+@exercise
+def ex04_3(attempt):
+    """W_a (4, 20) and W_b (8, 20) by which a token shows its topic to its speaker's head only: attempt()."""
+    answer = attempt()
+    if not isinstance(answer, tuple | list) or len(answer) != 2:
+        raise WrongAnswer("return two tensors, W_a and W_b")
+    W_a, W_b = answer
+    for name, W, shape in (("W_a", W_a, (4, 20)), ("W_b", W_b, (8, 20))):
+        if isinstance(W, torch.Tensor) and W.shape == shape[::-1]:
+            raise WrongAnswer(f"{name} has shape {tuple(W.shape)}, the transpose of {shape}: a = W x, with x a column")
+        _tensor(W, shape)
+    for speaker in range(4):
+        for topic in range(8):
+            for word in reversed(range(8)):  # so that a word cannot pass for its topic at the first token
+                x = torch.zeros(20, dtype=torch.float64)
+                x[[speaker, 4 + topic, 12 + word]] = 1
+                a, b = W_a.double() @ x, W_b.double() @ x
+                K = torch.outer(a, b)
+                asked = torch.zeros(4, 8, dtype=torch.float64)
+                asked[speaker, topic] = 1
+                if _close(K, asked):
+                    continue
+                token = f"for speaker {speaker}, topic {topic}, word {word} "
+                if not K.any():
+                    raise WrongAnswer(token + "the key matrix is all zeros: no head can see the token")
+                rows = [i for i in range(4) if K[i].any()]
+                if len(rows) > 1:
+                    raise WrongAnswer(
+                        token + f"heads {rows} see the token: a must be the one-hot vector of the speaker, "
+                        "0 for every other head, and the topic and the word must not enter it"
+                    )
+                if rows != [speaker]:
+                    raise WrongAnswer(token + f"head {rows[0]} sees the token: a must be one-hot at the speaker")
+                if _close(K[speaker] / K[speaker, topic], asked[speaker]):
+                    raise WrongAnswer(token + f"the row is {K[speaker, topic]:g} times the topic's one-hot vector")
+                raise WrongAnswer(
+                    token + f"row {speaker} is not the topic's one-hot vector: b must read entries 4 to 11 of x and "
+                    "nothing else"
+                )
+
+
+def _keys_of(kind, seed):
+    """Assembled keys (T, h, d_h) of a mechanism with random weights; T = 24 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    h, d_head, G = ((6, 8, 2), (8, 8, 4), (6, 12, 3))[seed % 3]
+    R = {"MHA": h, "MQA": 1, "GQA": G, "fixed A": G, "contextual A": (1, G, 2)[seed % 3]}[kind]
+    x = random(24, 40)
+    b = (x @ random(40, R * d_head)).unflatten(-1, (R, d_head))
+    if kind == "contextual A":
+        return assemble((x @ random(40, R * h)).unflatten(-1, (R, h)), b)
+    if kind == "fixed A":
+        return assemble(random(R, h), b)
+    return b.repeat_interleave(h // R, dim=1)
+
+
+@exercise
+def ex04_4(attempt):
+    """Tell from the keys of a text (T, h, d_h) which mechanism made them: attempt(K) -> one of five names."""
+    hints = {
+        ("contextual A", "fixed A"): "one token's rank is small in both; put many tokens side by side, "
+        "h × (T · d_h): with constants the rank stays, with contextual factors it grows",
+        ("contextual A", "MHA"): "all tokens together use every head pattern, as MHA's do, but one token is of low rank",
+        ("fixed A", "GQA"): "the rank is the same as GQA's, but no two heads have equal keys",
+        ("GQA", "fixed A"): "its constants are masks: heads of one group have equal keys, so count the different rows",
+        ("GQA", "MQA"): "not all heads have the same key: there are several groups",
+        ("MQA", "GQA"): "all heads have the same key: there is one group",
+        ("MHA", "fixed A"): "its keys have full rank h, in one token already",
+    }  # fmt: skip
+    names = ("MHA", "GQA", "MQA", "fixed A", "contextual A")
+    for seed in range(3):
+        for truth in names:
+            answer = attempt(_keys_of(truth, seed))
+            if answer not in names:
+                raise WrongAnswer(f"answer one of {', '.join(names)}; yours was {answer!r}")
+            if answer != truth:
+                hint = hints.get(
+                    (truth, answer), "compare the rank of one token's matrix with h, and count its different rows"
+                )
+                raise WrongAnswer(f"you called '{answer}' keys that '{truth}' made: {hint}")
+
+
+# ------------------------------------------------------------------------------------------------ 11
+
+
+@exercise
+def ex11_1(attempt):
+    """Numbers cached per token by four variants: attempt(variant, R, h, d_head)."""
+    right = {
+        "shared A": lambda R, h, d: R * (h + 2 * d),
+        "shared both": lambda R, h, d: R * (h + d),
+        "fixed a_k": lambda R, h, d: R * (h + 2 * d),
+        "shared B, fixed A": lambda R, h, d: R * d,
+    }
+    for R, h, d_head in ((2, 8, 16), (1, 32, 128), (3, 5, 64)):
+        base = 2 * R * (h + d_head)
+        for name, numbers in right.items():
+            mistakes = {
+                "that is TPA's own cache: what is shared or constant need not be kept twice, or at all": base,
+                "you kept the constants too: they are weights of the layer, the same for every token": numbers(R, h, d_head)
+                + R * h * (2 if name == "shared B, fixed A" else 1),
+                "b is needed once only, unrotated; b_k is made from it at each use": 2 * R * d_head
+                + R * h * (name != "shared B, fixed A"),
+                "each of the R rows has to be kept": numbers(1, h, d_head),
+                "keys and values of one kind only are counted: a_v and b_v are cached as well": R * (h + d_head),
+            }  # fmt: skip
+            mistakes = {f'"{name}": {say}': value for say, value in mistakes.items()}
+            judge(
+                attempt(name, R, h, d_head),
+                numbers(R, h, d_head),
+                mistakes,
+                f'"{name}": for R={R}, h={h}, d_head={d_head} the answer is another; list a_k, b_k, a_v, b_v, and cross '
+                "out what is a constant or a copy",
+            )
+
+
+@exercise
+def ex11_2(attempt):
+    """A TPA with a_k = a_v: a subclass of TensorProductAttention."""
+    config = T6Config(vocab_size=8, n_layer=1, d_model=12, n_head=5, d_head=6, rank_q=3, rank_k=2, rank_v=2, max_len=32)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    layer = attempt(config).double()
+    widths = tuple(layer.factor_widths())
+    if widths == (5, 6, 5, 6, 0, 6):
+        raise WrongAnswer("you keep the shared factor as a_k; the checker reads it as a_v, so give a_k the width 0")
+    if widths == (5, 6) * 3:
+        raise WrongAnswer("a_k and a_v are both projected and cached: one of the widths must be 0")
+    if widths != (5, 6, 0, 6, 5, 6):
+        raise WrongAnswer(f"factor_widths() is {widths}; for h=5 and d_head=6 it should keep all but a_k")
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.copy_(random(*weight.shape) * 0.5)
+    base = TensorProductAttention(config).double()
+    with torch.no_grad():
+        rows = list(layer.factor_proj.weight.split(layer.sizes))
+        rows[2] = rows[4]
+        base.factor_proj.weight.copy_(torch.cat(rows))
+        base.out_proj.weight.copy_(layer.out_proj.weight)
+    x = random(2, 9, 12)
+    given, full = layer.factors(x), base.factors(x)
+    got = layer.restore(*given, 0)
+    if not isinstance(got, (tuple, list)) or len(got) != 6:
+        raise WrongAnswer("restore must return all six factors: a_q, b_q, a_k, b_k, a_v, b_v")
+    for name, new, right in zip(("a_q", "b_q", "a_k", "b_k", "a_v", "b_v"), got, full):
+        if new.shape[-1] == 0:
+            raise WrongAnswer(f"restore returns {name} empty: put the shared factor in its place")
+        if new.shape != right.shape:
+            raise WrongAnswer(f"restore returns {name} of shape {tuple(new.shape)}, not {tuple(right.shape)}")
+        if not equals(new, right):
+            reason = (
+                "b_k comes turned from `factors`, and values are never turned: leave the feature factors as they are"
+            )
+            raise WrongAnswer(f"restore changes {name}: " + (reason if name[0] == "b" else "it should be as it came"))
+    cache = layer.new_cache(2)
+    whole = layer(x)
+    pieces = torch.cat([layer(piece, cache) for piece in x.split([4, 1, 4], dim=1)], dim=1)
+    if not equals(whole, base(x)) or not equals(pieces, whole):
+        raise WrongAnswer("the layer's output differs from TPA's with equal rows, or with its own cache")
+    if cache.nbytes != 2 * 9 * 2 * (5 + 2 * 6) * 8:
+        raise WrongAnswer(f"the cache holds {cache.nbytes} bytes where R (h + 2 d_h) numbers per token need less")
+
+
+@exercise
+def ex11_3(attempt):
+    """Third order with RoPE: vec(b R_t ⊗ c), attempt(b, c, cos, sin)."""
+    generator = torch.Generator().manual_seed(1)
+    b, c = (torch.randn(5, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    cos, sin = rope_tables(torch.arange(2, 7), 4, 100.0, torch.float64)
+
+    def turn(y, sign=1):
+        return apply_rope(y[None, :, None], cos, sign * sin)[0, :, 0]
+
+    def turn_neighbours(y):
+        y1, y2 = y[:, ::2], y[:, 1::2]
+        return torch.stack((y1 * cos + y2 * sin, y2 * cos - y1 * sin), -1).flatten(1)
+
+    def vec(b, c):
+        return (c[:, :, None] * b[:, None, :]).flatten(1)
+
+    judge(
+        attempt(b, c, cos, sin),
+        vec(turn(b), c),
+        {
+            "vec stacks columns: feature j · d_b + i is b_i c_j, and yours is that of b_j c_i": vec(c, turn(b)),
+            "nothing is rotated": vec(b, c),
+            "you rotated c: the theorem's form rotates b": vec(b, turn(c)),
+            "you rotated both b and c: b alone is enough": vec(turn(b), turn(c)),
+            "you turned the other way: x1 cos + x2 sin comes first": vec(turn(b, -1), c),
+            "you paired neighbours: feature i goes with i + d_b/2": vec(turn_neighbours(b), c),
+        },
+        "not the rotated product; try it with sin = 0 and cos = 1 first, and then with c = 1",
+    )
+
+
+@exercise
+def ex11_4(attempt):
+    """True or false about the variants."""
+    judge_choices(
+        attempt(),
+        dict(a=True, b=True, c=True, d=False, e=False, f=True),
+        dict(
+            a="A square random A is invertible, so h independent feature vectors give h independent keys",
+            b="At rank 1 the logit is a_q a_k κ(distance): the two tokens' numbers cancel from the ratio",
+            c="A rotation is undone by turning back: exact up to rounding, at the same cost as turning at use",
+            d="R_t ⊗ I is as good a rotation as I ⊗ R_t: products still depend on distance alone",
+            e="RoPE acts on whatever it is given; what matters is that nothing but RoPE depends on position",
+            f="The sigmoid of turned features is no longer a turned vector, so distances are not what is left",
+        ),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ 12
+
+
+@exercise
+def ex12_1(attempt):
+    """Rows of a query or key projection changed so that our RoPE does what LLaMA's does: attempt(weight, d_head)."""
+    generator = torch.Generator().manual_seed(2)
+    d_head, positions = 8, torch.tensor([3, 11])
+    W_q, W_k = (torch.randn(3 * d_head, 10, generator=generator, dtype=torch.float64) for _ in range(2))
+    x = torch.randn(2, 10, generator=generator, dtype=torch.float64)
+    cos, sin = rope_tables(positions, d_head, 100.0, torch.float64)
+
+    def logits(change, sign=1):
+        q, k = (apply_rope((x @ change(W).T).view(1, 2, 3, d_head), cos, sign * sin)[0] for W in (W_q, W_k))
+        return (q[0] * k[1]).sum(-1)  # one per head
+
+    def halves(W, sign):
+        return (W.view(3, d_head, -1) * torch.tensor(sign, dtype=W.dtype).repeat_interleave(4)[None, :, None]).view_as(
+            W
+        )
+
+    before, got = W_q.clone(), attempt(W_q, d_head)
+    if not torch.equal(W_q, before):
+        raise WrongAnswer("the given weight was changed in place: return a new one")
+    if not isinstance(got, torch.Tensor) or got.shape != W_q.shape:
+        raise WrongAnswer(f"return a weight of the shape {tuple(W_q.shape)} that was given")
+    wrong = {
+        "the weight is as it was: our RoPE turns it the wrong way": W_q,
+        "-x turns as x does: a change of all signs cancels out of q · k": -W_q,
+        "that is the second half of the whole matrix: each head has a second half of its own": torch.cat(
+            (W_q[:12], -W_q[12:])
+        ),
+        "you changed columns, which belong to the layer's input; features of q and k are rows": torch.cat(
+            (W_q[:, :5], -W_q[:, 5:]), 1
+        ),
+        "you changed every other feature: RoPE's pairs are i and i + d_head/2": W_q
+        * torch.tensor([1.0, -1.0], dtype=W_q.dtype).repeat(12)[:, None],
+    }
+    for say, value in wrong.items():
+        if torch.equal(got, value):
+            raise WrongAnswer(say)
+    if not equals(logits(lambda W: attempt(W, d_head)), logits(lambda W: W, sign=-1)):
+        raise WrongAnswer(
+            "q · k with our RoPE differs from q · k with LLaMA's; find signs s with s_i s_{i + d_head/2} = -1 for every pair"
+        )
+    if not equals(halves(got, (1.0, -1.0)).abs(), got.abs()):
+        raise WrongAnswer("return a weight")
+
+
+@exercise
+def ex12_2(attempt):
+    """A norm's gain folded into the matrix that follows: attempt(weight, gain) with y = W (gain ⊙ x)."""
+    generator = torch.Generator().manual_seed(3)
+    W = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    gain = torch.rand(6, generator=generator, dtype=torch.float64) + 0.5
+    judge(
+        attempt(W, gain),
+        W * gain,
+        {
+            "you scaled the outputs: the gain multiplies the layer's input, one number for each column": W
+            * gain[:, None],
+            "the gain has to be multiplied in, not divided out": W / gain,
+            "the gain is lost": W,
+            "the matrix is transposed": (W * gain).T,
+        },
+        "for an x of your choice, compare attempt(W, gain) @ x with W @ (gain * x)",
+    )
+
+
+@exercise
+def ex12_3(attempt):
+    """The authors' head factors, laid out head by head, in our order rank by rank: attempt(weight, n_head, rank)."""
+    for h, R in ((5, 3), (4, 4), (3, 5)):
+        W = torch.arange(h * R * 2, dtype=torch.float64).view(h * R, 2)
+        right = W.view(h, R, 2).transpose(0, 1).reshape(R * h, 2)
+        judge(
+            attempt(W, h, R),
+            right,
+            {
+                "the rows are as they were: theirs go (head 1: rank 1, rank 2, ...), ours (rank 1: head 1, head 2, ...)": W,
+                "you read them as rank by rank already: the first split is into heads": W.view(R, h, 2)
+                .transpose(0, 1)
+                .reshape(R * h, 2),
+                "you reversed the order of rows": W.flip(0),
+            },
+            "row r · h + i of ours is row i · R + r of theirs",
+        )
+
+
+@exercise
+def ex12_4(attempt):
+    """The largest R_K = R_V at which fixed and contextual A cache less than GQA: attempt(n_head, d_head, n_kv_head)."""
+    for h, d_head, G in ((32, 128, 8), (32, 64, 32), (9, 64, 3), (8, 16, 3)):
+        got = attempt(h, d_head, G)
+        if not isinstance(got, (tuple, list)) or len(got) != 2:
+            raise WrongAnswer("return two numbers: the largest rank with fixed A, and with contextual A")
+        fixed, contextual = got
+        case = f"h={h}, d_head={d_head}, G={G}, fixed A: "
+        judge(
+            fixed,
+            G - 1,
+            {
+                case + f"rank {G} caches as much as GQA does, not less": G,
+                case + "compare with GQA's G heads, not with all h": h - 1,
+            },
+            case + "2 R d_h numbers against 2 G d_h",
+        )
+        case = f"h={h}, d_head={d_head}, G={G}, contextual A: "
+        right = -(-G * d_head // (h + d_head)) - 1
+        mistakes = {
+            case + "compare with GQA's 2 G d_h, not with MHA's 2 h d_h": -(-h * d_head // (h + d_head)) - 1,
+            case + "contextual head factors are cached too: 2 R (h + d_h)": G - 1,
+            case + "that rank caches as much or more": right + 1,
+            case + "GQA keeps keys and values, 2 G d_h": -(-G * d_head // (2 * (h + d_head))) - 1,
+        }
+        judge(contextual, right, mistakes, case + "the largest R with 2 R (h + d_h) < 2 G d_h")
+        if not all(isinstance(value, int) for value in got):
+            raise WrongAnswer(f"ranks are whole numbers: return ints, not {got!r}")
