@@ -527,8 +527,8 @@ def test_wrong_files_are_refused_in_one_line(tmp_path, no_gpt2, cache):
         "bad.jsonl": 'bad.jsonl, line 2: not a JSON object with a string "text"; mend or remove it',
         "cut.jsonl": "cut.jsonl, line 1: not a JSON object",
         "latin.txt": "latin.txt is not UTF-8 text .it holds the byte 0xe9.; save it as UTF-8",
-        "one.txt": "1 documents with text are too few to split",
-        "none.txt": "0 documents with text are too few to split",
+        "one.txt": "1 documents with text in 5,000 tokens are too few to split",
+        "none.txt": "0 documents with text in 5,000 tokens are too few to split",
         "page.html": "page.html is not and does not hold a file that can be read; give one of .parquet, .jsonl, .txt",
         "empty": "empty is not and does not hold a file",
     }.items():

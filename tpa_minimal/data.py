@@ -231,9 +231,7 @@ def _build(request: dict, documents: Callable, tokenizer, folder: Path, progress
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(".making-*"):  # by a process that was killed
-            if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) > 24 * 3600:
-                shutil.rmtree(left, ignore_errors=True)
+        _clear_leftovers(folder.parent)
         temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
         label = folder.name.rsplit("-", 2)[0]
         count = dict(total=request["tokens"], unit=" tokens", unit_scale=True, mininterval=0.5)
@@ -252,6 +250,17 @@ def _build(request: dict, documents: Callable, tokenizer, folder: Path, progress
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed had begun to make, a day after it last wrote to it."""
+    for left in folder.glob(".making-*"):
+        try:
+            age = time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir()))
+        except FileNotFoundError:  # another process has just finished it
+            continue
+        if age > 24 * 3600:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _write_shards(documents: Callable, tokenizer, tokens: int, folder: Path, bar) -> dict:
@@ -273,8 +282,8 @@ def _write_shards(documents: Callable, tokenizer, tokens: int, folder: Path, bar
         stream.close()
     if sum(counts.values()) < 2 or not held["train"]:
         raise DataError(
-            f"{sum(counts.values())} documents with text are too few to split into training and validation; "
-            "give at least two, and ask for more tokens than the first holds"
+            f"{sum(counts.values())} documents with text in {tokens:,} tokens are too few to split into training and "
+            "validation; give more documents, or ask for more tokens"
         )
     if not held["val"]:  # few documents, none below the threshold: take the lowest of them
         _, start, length = lowest
