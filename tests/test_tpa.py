@@ -209,17 +209,17 @@ def test_parameters_are_table_1s(tpa):
         assert model.num_parameters() == c.vocab_size * c.d_model + c.n_layer * (expected + mlp)
 
 
-@pytest.mark.parametrize("init, b_q, a_q", [("paper", 0.1369, 0.1846), ("authors", 0.0374, 0.0857)])
-def test_initialization_bounds(tpa, init, b_q, a_q):
-    """The two figures of each initialization, for d_model 128, h 8, d_h 32 and R_Q 6."""
-    config = tpa.T6Config(10, 1, 128, 8, 32, init=init)
-    layer = tpa.TensorProductAttention(config)
-    W_a, W_b, *_ = layer.factor_proj.weight.split(layer.sizes)
-    for W, bound in ((W_a, a_q), (W_b, b_q)):
-        assert 0.99 * bound < W.abs().max() < 1.001 * bound
-        assert_close(W.std(), torch.tensor(bound / math.sqrt(3)), rtol=0.05, atol=0)
-    assert layer.out_proj.weight.abs().max() == 0
-    assert tpa.T6(config).blocks[0].mlp.down_proj.weight.abs().max() == 0
+def test_initialization_bounds(tpa):
+    """The largest entries of W_b^Q and W_a^Q in each initialization, for d_model 128, h 8, d_h 32 and R_Q 6."""
+    for init, b_q, a_q in (("paper", 0.1369, 0.1846), ("authors", 0.0374, 0.0857)):
+        config = tpa.T6Config(10, 1, 128, 8, 32, init=init)
+        layer = tpa.TensorProductAttention(config)
+        W_a, W_b, *_ = layer.factor_proj.weight.split(layer.sizes)
+        for W, bound in ((W_a, a_q), (W_b, b_q)):
+            assert 0.99 * bound < W.abs().max() < 1.001 * bound
+            assert_close(W.std(), torch.tensor(bound / math.sqrt(3)), rtol=0.05, atol=0)
+        assert layer.out_proj.weight.abs().max() == 0
+        assert tpa.T6(config).blocks[0].mlp.down_proj.weight.abs().max() == 0
 
 
 def test_initial_loss_is_about_that_of_guessing(tpa):
@@ -404,17 +404,16 @@ def test_a_cache_of_another_batch_size_is_refused(tpa):
             model.new_cache(batch_size, max_len)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_cache_bytes_are_the_formulas(tpa, dtype):
+def test_cache_bytes_are_the_formulas(tpa):
     config = some_config(tpa, n_head=5)
-    model = tpa.T6(config).to(dtype)
-    cache = model.new_cache(3, max_len=20)
-    assert cache.nbytes == 0
-    model(torch.randint(31, (3, 7)), cache)
     per_token = (config.rank_k + config.rank_v) * (config.n_head + config.d_head)
-    element = torch.empty(0, dtype=dtype).element_size()
-    assert cache.nbytes == per_token * element * config.n_layer * 7 * 3
-    assert len(cache) == config.n_layer
+    for dtype, element in ((torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2)):
+        model = tpa.T6(config).to(dtype)
+        cache = model.new_cache(3, max_len=20)
+        assert cache.nbytes == 0
+        model(torch.randint(31, (3, 7)), cache)
+        assert cache.nbytes == per_token * element * config.n_layer * 7 * 3
+        assert len(cache) == config.n_layer
 
 
 def test_the_cache_holds_factors_and_nothing_of_the_size_of_k(tpa):
