@@ -142,8 +142,9 @@ for d_model in (768, 1024, 1280, 1600):
 
 # %% [markdown]
 # Two things to notice. The norm stands *before* each layer and the sum is left alone, so a straight line of additions
-# leads from the embedding to the output. And both layers' last matrices start at zero, so an untrained block adds
-# nothing: it is the identity, exactly.
+# leads from the embedding to the output. `norm` is an argument only so that a model with a learned gain (notebook 12)
+# can use the same block. And both layers' last matrices start at zero, so an untrained block adds nothing: it is the
+# identity, exactly.
 
 # %%
 config = T6Config(vocab_size=32, n_layer=2, d_model=64, n_head=8, d_head=16, rank_q=4, max_len=256)
@@ -467,7 +468,7 @@ config = T6Config(vocab_size=len(letters), n_layer=2, d_model=64, n_head=8, d_he
 model, data = T6(config), encode(text)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 losses = []
-for _ in range(150):
+for _ in range(130):
     starts = torch.randint(len(data) - 64, (16, 1))
     batch = data[starts + torch.arange(64)]  # (16, 64)
     logits = model(batch[:, :-1])
@@ -494,17 +495,17 @@ for temperature, top_k in ((0, None), (0.7, None), (1.5, None), (1.5, 3)):
 
 # %%
 known = set(text.replace(".", "").split())
-prompts = encode("the ").repeat(8, 1)
+prompts = encode("the ").repeat(6, 1)
 
 
 def share_of_known_words(temperature, top_k):
     generator = torch.Generator().manual_seed(2)
-    rows = model.generate(prompts, 120, temperature=temperature, top_k=top_k, generator=generator)
+    rows = model.generate(prompts, 100, temperature=temperature, top_k=top_k, generator=generator)
     words = [word for row in rows for word in decode(row).replace(".", "").split()[:-1]]  # the last may be cut off
     return sum(word in known for word in words) / len(words)
 
 
-temperatures = (0.4, 0.7, 1.0, 1.5, 2.0)
+temperatures = (0.4, 1.0, 1.5, 2.0)
 free, cut = ([share_of_known_words(t, k) for t in temperatures] for k in (None, 3))
 assert free[0] > free[-1] and cut[-1] > free[-1]
 
@@ -526,7 +527,7 @@ exact = T6(config).double()
 exact.load_state_dict(model.state_dict())
 for settings in (dict(temperature=0), dict(temperature=1.0, top_k=5)):
     pair = [
-        exact.generate(prompts, 60, use_cache=use, generator=torch.Generator().manual_seed(3), **settings)
+        exact.generate(prompts, 40, use_cache=use, generator=torch.Generator().manual_seed(3), **settings)
         for use in (True, False)
     ]
     assert torch.equal(*pair)
