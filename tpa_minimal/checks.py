@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, assemble, causal_attention
+from tpa_minimal.tpa import (
     T6,
     T6Config,
     TensorProductAttention,
@@ -946,7 +946,7 @@ def ex11_1(attempt):
                 "that is TPA's own cache: what is shared or constant need not be kept twice, or at all": base,
                 "you kept constants too: they are weights of the layer, the same for every token": best
                 + R * h * (1 + fixed_a),
-                "b is needed once only, unrotated; b_k is made from it at each use": R * (2 * d_head + h * (not fixed_a)),
+                "b is needed once only, unrotated: b_k is made from it": R * (2 * d_head + h * (not fixed_a)),
                 "each of the R rows has to be kept": numbers(1, h, d_head),
                 "that is one a and one b: what else does a token bring?": R * (h + d_head),
             }
@@ -1108,8 +1108,7 @@ def ex12_2(attempt):
         attempt(W, gain),
         W * gain,
         {
-            "you scaled rows, the outputs: the gain multiplies the inputs, one number a column": W
-            * gain[:, None],
+            "you scaled rows, the outputs: the gain multiplies the inputs, one number a column": W * gain[:, None],
             "the gain has to be multiplied in, not divided out": W / gain,
             "the gain is lost": W,
             "the matrix is transposed": (W * gain).T,
