@@ -938,7 +938,7 @@ def ex11_1(attempt):
         "fixed a_k": lambda R, h, d: R * (h + 2 * d),
         "shared B, fixed A": lambda R, h, d: R * d,
     }
-    for R, h, d_head in ((2, 8, 16), (1, 32, 128), (3, 5, 64)):
+    for R, h, d_head in ((2, 6, 16), (1, 32, 128), (3, 5, 64)):
         base = 2 * R * (h + d_head)
         for name, numbers in right.items():
             best, fixed_a = numbers(R, h, d_head), name == "shared B, fixed A"
@@ -1140,7 +1140,7 @@ def ex12_3(attempt):
 @exercise
 def ex12_4(attempt):
     """The largest R_K = R_V at which fixed and contextual A cache less than GQA: attempt(n_head, d_head, n_kv_head)."""
-    for h, d_head, G in ((32, 128, 8), (32, 64, 32), (9, 64, 3), (8, 16, 3)):
+    for h, d_head, G in ((32, 128, 16), (32, 64, 32), (9, 64, 3), (8, 16, 3)):
         got = attempt(h, d_head, G)
         if not isinstance(got, (tuple, list)) or len(got) != 2:
             raise WrongAnswer("return two numbers: the largest rank with fixed A, and with contextual A")
