@@ -141,7 +141,7 @@ def generate_naive(model, tokens, n_new):
     return tokens, seconds
 
 
-slow_tokens, slow_seconds = generate_naive(model, prompt, 380)
+slow_tokens, slow_seconds = generate_naive(model, prompt, 316)
 print(f"{sum(slow_seconds):.2f} s for {len(slow_seconds)} tokens; the first ones: {slow_tokens[:10].tolist()}")
 
 # %% [markdown]
@@ -149,7 +149,7 @@ print(f"{sum(slow_seconds):.2f} s for {len(slow_seconds)} tokens; the first ones
 # had computed at the step before. Over the whole run, each layer computes this many keys:
 
 # %% tags=["nbval-check-output"]
-lengths = range(len(prompt), 384)
+lengths = range(len(prompt), 320)
 print("computed:", sum(lengths), " different tokens:", max(lengths))
 
 # %% [markdown]
@@ -228,7 +228,7 @@ def generate_cached(model, tokens, n_new):
     return tokens, seconds, caches
 
 
-fast_tokens, fast_seconds, caches = generate_cached(model, prompt, 380)
+fast_tokens, fast_seconds, caches = generate_cached(model, prompt, 316)
 print(f"{sum(fast_seconds):.2f} s, {sum(slow_seconds) / sum(fast_seconds):.0f} times faster than without a cache")
 
 # %% [markdown]
@@ -281,7 +281,7 @@ print(f"{held:,} bytes held, {formula:,} by the formula")
 # %%
 tokens_seen, measured = [], []
 caches = [KVCache() for _ in model.layers]
-for piece in range(12):
+for piece in range(10):
     for token in fast_tokens[32 * piece : 32 * piece + 32]:
         model(token[None], caches)
     tokens_seen.append(len(caches[0].k))
@@ -290,7 +290,7 @@ for piece in range(12):
 # %%
 fig, ax = plt.subplots()
 ax.plot(tokens_seen, measured, "o", label="measured: bytes of the cached tensors")
-ax.plot([0, 384], [0, 2 * 8 * 32 * 3 * 4 * 384 / 2**20], "--", color="black", label="formula: 6 KiB per token")
+ax.plot([0, 320], [0, 2 * 8 * 32 * 3 * 4 * 320 / 2**20], "--", color="black", label="formula: 6 KiB per token")
 ax.set(xlabel="tokens in the cache", ylabel="cache (MiB)")
 ax.set_title("The cache grows in a straight line, for ever")
 ax.legend(frameon=False)
