@@ -18,9 +18,124 @@ class Claim(NamedTuple):
 LEDGER: list[Claim] = []
 
 # ------------------------------------------------------------------------------------------------ 01
+LEDGER += [
+    Claim(
+        "Table 1",
+        "MHA caches 2 h d_h numbers per token and layer",
+        "01_attention_and_the_kv_cache",
+        "table-1-mha-cache",
+        "tests/test_memory.py::test_bytes_of_real_caches_and_weights_of_real_layers_are_the_formulas",
+    ),
+    Claim(
+        "Sec. 4",
+        "MQA and GQA bound the rank of each token's keys by their number of key heads",
+        "01_attention_and_the_kv_cache",
+        "sharing-is-low-rank",
+        "tests/checks/test_ex01.py::test_shared_keys_have_low_rank",
+    ),
+    Claim(
+        "Table 1, App. H",
+        "numbers cached per token by the five mechanisms at the small size",
+        "01_attention_and_the_kv_cache",
+        "table-1-cache-small",
+        "tests/test_memory.py::test_cached_numbers_of_the_papers_own_configurations",
+    ),
+]
+
 # ------------------------------------------------------------------------------------------------ 02
+LEDGER += [
+    Claim(
+        "Eq. 3.1",
+        "Q_t is the mean of R_Q outer products of contextual factors",
+        "02_tensor_product_factorization",
+        "eq-3.1",
+        "tests/test_tpa.py::test_assemble_is_a_mean_of_outer_products",
+    ),
+    Claim(
+        "Sec. 3.1",
+        "the factors are contextual, unlike LoRA's: each token's matrix has low rank, the stack of many tokens' has not",
+        "02_tensor_product_factorization",
+        "contextual-vs-static",
+        "tests/checks/test_ex02.py::test_two_notions_of_low_rank",
+    ),
+    Claim(
+        "Table 1",
+        "the layer has d_model (R_Q+R_K+R_V)(h+d_h) + d_model h d_h parameters",
+        "02_tensor_product_factorization",
+        "table-1-parameters",
+        "tests/test_tpa.py::test_parameters_are_table_1s",
+    ),
+    Claim(
+        "App. G",
+        "factor weights start Xavier-uniform; the authors' code takes the fans of a three-dimensional view",
+        "02_tensor_product_factorization",
+        "app-g-initialization",
+        "tests/test_tpa.py::test_initialization_bounds",
+    ),
+]
+
 # ------------------------------------------------------------------------------------------------ 03
+LEDGER += [
+    Claim(
+        "Sec. 3.2",
+        "RoPE multiplies a row vector by T_t, whose angles are t · base^(-2j/d_h)",
+        "03_rope_and_prerotation",
+        "sec-3.2-rope",
+        "tests/test_tpa.py::test_rope_is_the_papers_row_vector_rotation",
+    ),
+    Claim(
+        "Theorem 3.1",
+        "rotating B_Q or B_K is rotating the assembled Q or K",
+        "03_rope_and_prerotation",
+        "theorem-3.1",
+        "tests/test_tpa.py::test_rotating_b_is_rotating_the_assembled_matrix",
+    ),
+    Claim(
+        "App. D.1",
+        "logits of rotated queries and keys depend on t - s alone",
+        "03_rope_and_prerotation",
+        "relative-positions",
+        "tests/test_tpa.py::test_shifting_all_positions_changes_nothing",
+    ),
+    Claim(
+        "Sec. 3.2",
+        "MLA's latent cannot carry RoPE through its up-projection",
+        "03_rope_and_prerotation",
+        "mla-detour",
+        "tests/checks/test_ex03.py::test_a_latent_carries_rope_only_without_compression",
+    ),
+]
 # ------------------------------------------------------------------------------------------------ 04
+LEDGER += [
+    Claim(
+        "Sec. 4",
+        "MHA is TPA of rank h with head factors h · e_i",
+        "04_special_cases",
+        "sec-4-mha",
+        "tests/test_convert.py::test_mha_mqa_and_gqa_are_fixed_a_tpa",
+    ),
+    Claim(
+        "Sec. 4",
+        "GQA is TPA of rank G with head factors G · mask_j, and MQA the case of rank 1",
+        "04_special_cases",
+        "sec-4-gqa-mqa",
+        "tests/test_convert.py::test_mha_mqa_and_gqa_are_fixed_a_tpa",
+    ),
+    Claim(
+        "Sec. 4",
+        "the layers agree in outputs and gradients, with RoPE, from the same weights",
+        "04_special_cases",
+        "sec-4-layers",
+        "tests/test_convert.py::test_mha_mqa_and_gqa_are_fixed_a_tpa",
+    ),
+    Claim(
+        "Table 1",
+        "TPA with non-contextual A caches (R_K + R_V) d_h numbers per token",
+        "04_special_cases",
+        "table-1-fixed-a",
+        "tests/test_variants.py::test_cached_equals_uncached_and_bytes_equal_the_formula",
+    ),
+]
 # ------------------------------------------------------------------------------------------------ 05
 # ------------------------------------------------------------------------------------------------ 06
 # ------------------------------------------------------------------------------------------------ 07

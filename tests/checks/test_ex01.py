@@ -176,3 +176,12 @@ def test_an_unwritten_exercise_is_a_todo(check):
         raise NotImplementedError
 
     assert check(stub) == "todo"
+
+
+def test_shared_keys_have_low_rank():
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(40, 8, 12, dtype=torch.float64, generator=generator)  # (tokens, h, d_h)
+    for G in (1, 2, 4, 8):
+        shared = keys[:, :G].repeat_interleave(8 // G, dim=1)
+        assert torch.linalg.matrix_rank(shared).unique().tolist() == [G]
+        assert torch.linalg.matrix_rank(shared.flatten(1)) == min(40, 12 * G)
