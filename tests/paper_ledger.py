@@ -140,7 +140,81 @@ LEDGER += [
 # ------------------------------------------------------------------------------------------------ 06
 # ------------------------------------------------------------------------------------------------ 07
 # ------------------------------------------------------------------------------------------------ 08
+LEDGER += [
+    Claim(
+        "App. H",
+        "AdamW decays by 0.1, here on matrices",
+        "08_train_on_fineweb_edu",
+        "app-h-decay",
+        "tests/test_train.py::test_decay_is_for_matrices_the_tied_embedding_included",
+    ),
+    Claim(
+        "App. H",
+        "the learning rate warms up, then follows a cosine",
+        "08_train_on_fineweb_edu",
+        "app-h-schedule",
+        "tests/test_train.py::test_learning_rate_warms_up_then_follows_a_cosine_to_a_twentieth",
+    ),
+    Claim(
+        "App. H",
+        "mechanisms are compared at equal parameters, by their head counts",
+        "08_train_on_fineweb_edu",
+        "app-h-equal-parameters",
+        "tests/test_train.py::test_every_attention_trains_with_the_parameters_and_the_cache_of_its_formula",
+    ),
+]
 # ------------------------------------------------------------------------------------------------ 09
+LEDGER += [
+    Claim(
+        "Abstract",
+        "what TPA's saving is depends on the baseline: MHA with its own heads, or what a model ships",
+        "09_memory_savings",
+        "ratio-names-its-baseline",
+        "tests/test_memory.py::test_the_question_everyone_asks",
+    ),
+    Claim(
+        "Table 1",
+        "cached numbers and parameters of MHA, MQA, GQA, MLA and TPA are those of real layers",
+        "09_memory_savings",
+        "table-1-cache",
+        "tests/test_memory.py::test_bytes_of_real_caches_and_weights_of_real_layers_are_the_formulas",
+    ),
+    Claim(
+        "Table 1",
+        "a 70B-class GQA model with 128k tokens, and its TPA versions",
+        "09_memory_savings",
+        "llama-70b-question",
+        "tests/test_memory.py::test_the_question_everyone_asks",
+    ),
+    Claim(
+        "Table 1",
+        "TPA caches less than G shared heads while R_K + R_V < 2 G d_h / (h + d_h)",
+        "09_memory_savings",
+        "break-even",
+        "tests/test_memory.py::test_break_even",
+    ),
+    Claim(
+        "App. H",
+        "at equal parameters MQA, GQA and MLA cache less than TPA at the small size",
+        "09_memory_savings",
+        "paper-sizes-cache",
+        "tests/test_memory.py::test_cached_numbers_of_the_papers_own_configurations",
+    ),
+    Claim(
+        "App. A.4",
+        "multiply-adds of decoding one token with MHA, MLA and TPA",
+        "09_memory_savings",
+        "app-a4-costs",
+        "tests/test_memory.py::test_worked_costs_of_app_a4",
+    ),
+    Claim(
+        "Eq. 3.1",
+        "each token's key matrix has rank R_K at most; the keys of a text together have not",
+        "09_memory_savings",
+        "rank-of-keys",
+        "tests/test_memory.py::test_keys_have_rank_r_k_per_token_and_more_per_text",
+    ),
+]
 # ------------------------------------------------------------------------------------------------ 10
 # ------------------------------------------------------------------------------------------------ 11
 # ------------------------------------------------------------------------------------------------ 12

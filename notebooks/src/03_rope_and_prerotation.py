@@ -1,11 +1,3 @@
-# ---
-# jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-# ---
-
 # %% [markdown]
 # # 03 · RoPE and pre-rotation
 #
@@ -150,9 +142,9 @@ for t, s in ((2, 0), (10, 8), (1002, 1000)):
 d_head, base = 32, 10000.0
 theta = base ** (-2 * torch.arange(d_head // 2).double() / d_head)  # (d_h/2,)
 
-distance = torch.arange(0, 301)
-fig, axes = plt.subplots(4, 1, figsize=(7, 4.4), sharex=True)
-for ax, j in zip(axes, (0, 4, 8, 15)):
+distance = torch.arange(0, 101)
+fig, axes = plt.subplots(3, 1, figsize=(7, 3.4), sharex=True)
+for ax, j in zip(axes, (0, 4, 15)):
     ax.plot(distance, (distance * theta[j]).cos(), lw=1.2)
     ax.set_title(f"plane j={j}: one turn in {2 * math.pi / theta[j]:,.0f} tokens", fontsize=10)
     ax.set(ylim=(-1.15, 1.15), yticks=(-1, 0, 1))
@@ -163,7 +155,7 @@ plt.show()
 
 # %% [markdown]
 # Together the planes work like the hands of a clock: seconds, minutes, hours. The slowest of the sixteen has hardly
-# moved after 300 tokens.
+# moved after 100 tokens.
 #
 # ### Which two features make a plane?
 #
@@ -485,7 +477,7 @@ errors = {kind: [relative_error(t, kind) for t in t_values] for kind in kinds}
 assert max(errors[kinds[-1]]) < 1e-6 < 1e-4 < min(errors["bfloat16 tables"])
 
 # %%
-fig, ax = plt.subplots(figsize=(7, 4.2))
+fig, ax = plt.subplots(figsize=(7, 3.8))
 for (kind, values), style in zip(errors.items(), ("-s", "-.^", "--o", "-D")):
     ax.loglog(t_values, values, style, ms=4, lw=1.5)
     ax.annotate(kind, (t_values[6], values[6]), xytext=(6, -14), textcoords="offset points")

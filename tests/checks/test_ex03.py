@@ -135,3 +135,16 @@ def test_strict_mode_raises(monkeypatch):
     monkeypatch.setenv("TPA_STRICT", "1")
     with pytest.raises(AssertionError, match=r"\[todo\] ex03_1"):
         checks.ex03_1(todo)
+
+
+def test_a_latent_carries_rope_only_without_compression():
+    """No S gives S W_i = W_i T_s for all heads, unless the latent is as wide as all keys together (notebook 03)."""
+    torch.manual_seed(0)
+    h, d_head = 4, 8
+    for d_c, exact in ((8, False), (24, False), (32, True)):
+        W = torch.randn(h, d_c, d_head, dtype=torch.float64)
+        rotated = apply_rope(W.transpose(0, 1).unsqueeze(0), *rope_tables(torch.tensor([9]), d_head, 100.0, W.dtype))[0]
+        plain, rotated = W.transpose(0, 1).flatten(1), rotated.flatten(1)  # (d_c, h · d_h)
+        S = torch.linalg.lstsq(plain.T, rotated.T).solution.T
+        error = (S @ plain - rotated).norm() / rotated.norm()
+        assert error < 1e-9 if exact else error > 0.3
