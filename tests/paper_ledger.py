@@ -53,7 +53,7 @@ LEDGER += [
     ),
     Claim(
         "Sec. 3.1",
-        "contextual factors, unlike LoRA's static ones, bound the rank of each token's matrix, not of the tokens' stack",
+        "contextual factors, unlike LoRA's static ones, bound the rank of each token's matrix, not of their stack",
         "02_tensor_product_factorization",
         "contextual-vs-static",
         "tests/checks/test_ex02.py::test_two_notions_of_low_rank",
