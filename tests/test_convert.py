@@ -526,6 +526,18 @@ def test_converted_and_reduced_llamas_are_saved_and_loaded(tmp_path):
         assert frozen == [name for name, p in model.named_parameters() if not p.requires_grad]
 
 
+def test_a_model_converted_block_by_block_is_saved_with_its_layers_ranks(tmp_path):
+    model, tokens = converted(), torch.randint(31, (1, 12))
+    model.blocks[1].attention.factor_proj.weight.data *= 1.5
+    for some in (model, convert.reduce_rank(model, tokens, 2, 1)):
+        convert.save_pretrained(some, tmp_path)
+        again = convert.from_pretrained(tmp_path)
+        assert torch.equal(again(tokens), some(tokens)) and again.config.rank_q == 6
+    model.blocks[0].attention = some.blocks[0].attention
+    with pytest.raises(ValueError, match="different kinds or ranks"):
+        convert.save_pretrained(model, tmp_path)
+
+
 def test_a_failed_save_leaves_the_earlier_one(tmp_path, monkeypatch):
     model = T6(config())
     convert.save_pretrained(model, tmp_path)

@@ -346,7 +346,7 @@ def reduce_rank(model: T6, tokens: Tensor, rank_k: int, rank_v: int, contextual:
     small = copy.deepcopy(model)
     for block, x in zip(small.blocks, inputs):
         block.attention = _reduced(block.attention, x, rank_k, rank_v, contextual)
-    small.config = replace(model.config, rank_k=rank_k, rank_v=rank_v)
+    small.config = replace(model.config, rank_q=small.blocks[0].attention.config.rank_q, rank_k=rank_k, rank_v=rank_v)
     return small
 
 
@@ -473,17 +473,18 @@ _ATTENTIONS = {
 
 def _description(model: T6) -> dict:
     """All that is needed to build `model` again, as JSON has it."""
-    kinds = []
+    kinds, ranks = [], []
     for block in model.blocks:
-        name = type(block.attention).__name__
+        name, c = type(block.attention).__name__, block.attention.config
+        ranks.append(dict(rank_q=c.rank_q, rank_k=c.rank_k, rank_v=c.rank_v))  # of a converted layer, not the model's
         if _ATTENTIONS.get(name, (None,))[0] is not type(block.attention):
             raise ValueError(f"attention {name} cannot be saved by name; known are {', '.join(_ATTENTIONS)}")
         kinds.append({"name": name, **{key: getattr(block.attention, key) for key in _ATTENTIONS[name][1]}})
-    if any(kind != kinds[0] for kind in kinds):
-        raise ValueError("the blocks have attention of different kinds; a file describes one kind for all")
+    if any(kind != kinds[0] for kind in kinds) or any(some != ranks[0] for some in ranks):
+        raise ValueError("the blocks have attention of different kinds or ranks; a file describes one for all")
     return {
         "model_type": "t6",
-        "config": asdict(model.config),
+        "config": asdict(replace(model.config, **ranks[0])),
         "attention": kinds[0],
         "llama": model.llama if isinstance(model, LlamaT6) else None,
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],

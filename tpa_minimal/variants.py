@@ -43,6 +43,7 @@ class KeyValueOnly(TensorProductAttention):
 
     def __init__(self, config: T6Config):
         super().__init__(replace(config, rank_q=config.n_head))
+        self.config = config
 
     def factor_widths(self) -> tuple[int, ...]:
         """Nothing of a_q."""

@@ -217,8 +217,8 @@ print("the 8 heads' shares of one feature vector:", [round(share, 2) for share i
 # $d_b\approx d_c\approx\sqrt{d_h}$: 16 instead of 64. vec stacks columns, so feature $j\,d_b+i$ is $b_i c_j$.
 #
 # And RoPE? Theorem C.1: rotating $b_r$ alone *is* a rotary embedding of the product, with the block matrix
-# $I_{d_c}\otimes R_t$ in the place of $T_t$. The proof is one line: column $j$ of $(b\,R_t)\otimes c$ is $c_j\,b\,R_t$, so
-# $R_t$ acts on each of the $d_c$ blocks of vec alike. Here it is with explicit matrices:
+# $I_{d_c}\otimes R_t$ in the place of $T_t$. The proof is one line: column $j$ of $(b\,R_t)\otimes c$ is $c_j\,b\,R_t$,
+# so $R_t$ acts on each of the $d_c$ blocks of vec alike. Here it is with explicit matrices:
 
 # %% claim="theorem-c1"
 d_b, d_c, t = 4, 3, 7
