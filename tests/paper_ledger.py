@@ -217,4 +217,51 @@ LEDGER += [
 ]
 # ------------------------------------------------------------------------------------------------ 10
 # ------------------------------------------------------------------------------------------------ 11
+LEDGER += [
+    Claim(
+        "Table 1, App. G",
+        "with non-contextual A the cache holds (R_K+R_V) d_h numbers; the family is not inside contextual TPA",
+        "11_variants",
+        "table-1-fixed-a",
+        "tests/test_variants.py::test_fixed_factors_are_tpa_on_inputs_with_a_constant_coordinate",
+    ),
+    Claim(
+        "Table 1, App. G",
+        "with non-contextual B the cache holds (R_K+R_V) h numbers, and RoPE still turns the constants",
+        "11_variants",
+        "app-g-fixed-b",
+        "tests/test_variants.py::test_cached_equals_uncached_and_bytes_equal_the_formula",
+    ),
+    Claim(
+        "App. G",
+        "b_k = b_v can be cached once, unrotated: R (2h + d_h) numbers",
+        "11_variants",
+        "app-g-shared-b",
+        "tests/test_variants.py::test_shared_feature_factors_are_tpa_with_equal_key_and_value_rows",
+    ),
+    Claim(
+        "Theorem C.1",
+        "in third order, rotating b alone is RoPE by I ⊗ R_t",
+        "11_variants",
+        "theorem-c1",
+        "tests/test_variants.py::test_rotating_b_alone_is_rope_of_the_third_order_product",
+    ),
+]
+
 # ------------------------------------------------------------------------------------------------ 12
+LEDGER += [
+    Claim(
+        "Sec. 3.2",
+        "mirroring half of the features turns the sense of RoPE: LLaMA weights carry over exactly",
+        "12_bring_your_own_model",
+        "llama-rotation",
+        "tests/test_convert.py::test_a_llama_gives_the_same_logits",
+    ),
+    Claim(
+        "Sec. 4",
+        "contextual factors are even in the input, so MHA, MQA and GQA need constant head factors",
+        "12_bring_your_own_model",
+        "contextual-is-even",
+        "tests/test_convert.py::test_contextual_factors_cannot_follow_a_linear_map_of_centred_inputs",
+    ),
+]
