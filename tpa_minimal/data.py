@@ -78,7 +78,7 @@ class TokenData:
         """
         tokens = self._tokens(split, seq_len)
         # The raw bits of PCG64 are the part of NumPy's random numbers that is promised never to change.
-        bits = np.random.PCG64([seed, step, SPLITS.index(split)]).random_raw(batch_size)
+        bits = np.random.PCG64([seed, step]).random_raw(batch_size)
         starts = (bits % np.uint64(len(tokens) - seq_len)).astype(np.int64)
         return _windows(tokens, starts, seq_len)
 
@@ -395,25 +395,18 @@ def _at_once(action: Callable, what: str):
 def _parquet_documents(open_file: Callable, name: str, attempt: Callable) -> Iterator[tuple[str, float]]:
     from pyarrow import parquet
 
-    opened = None
+    def open_text():
+        opened = parquet.ParquetFile(open_file())
+        if "text" not in opened.schema_arrow.names:
+            columns = ", ".join(opened.schema_arrow.names)
+            raise DataError(f"{name} has no column text, only {columns}; rename the one that holds the texts")
+        return opened
 
-    def read(group: int | None):
-        nonlocal opened
-        try:
-            if opened is None:
-                opened = parquet.ParquetFile(open_file())
-                if "text" not in opened.schema_arrow.names:
-                    columns = ", ".join(opened.schema_arrow.names)
-                    raise DataError(f"{name} has no column text, only {columns}; rename the one that holds the texts")
-            if group is None:
-                return opened.num_row_groups
-            return opened.read_row_group(group, columns=["text"], use_threads=False)["text"].to_pylist()
-        except Exception:
-            opened = None  # a new attempt begins with a new connection
-            raise
-
-    for group in range(attempt(lambda: read(None), f"opening {name}")):
-        for text in attempt(lambda group=group: read(group), f"reading {name}, row group {group}"):
+    opened = attempt(open_text, f"opening {name}")
+    for group in range(opened.num_row_groups):
+        # One thread: a background thread of pyarrow's may abort an interpreter that leaves before it is done.
+        read = functools.partial(opened.read_row_group, group, columns=["text"], use_threads=False)
+        for text in attempt(read, f"reading {name}, row group {group}")["text"].to_pylist():
             if text and text.strip():
                 yield text, _position(text)
 
