@@ -926,6 +926,205 @@ def ex07_3(moved_by_the_first_step):
             raise WrongAnswer(f"{name} {does}: {reasons[name]}")
 
 
+# ------------------------------------------------------------------------------------------------ 08
+
+
+@exercise
+def ex08_1(windows):
+    """Inputs tokens[s : s + seq_len], targets one further on."""
+    tokens, starts, seq_len = torch.arange(100, 130), torch.tensor([3, 0, 11]), 5
+    inputs, targets = windows(tokens, starts, seq_len)
+    right = torch.stack([tokens[s : s + seq_len] for s in starts.tolist()])
+    if inputs.shape != right.shape or targets.shape != right.shape:
+        raise WrongAnswer(
+            f"inputs are {tuple(inputs.shape)} and targets {tuple(targets.shape)} for 3 starts and seq_len 5: "
+            "both should be (3, 5), so a window holds seq_len + 1 tokens"
+        )
+    if not torch.equal(inputs, right):
+        raise WrongAnswer("the inputs should begin at the start itself: tokens[s], tokens[s + 1], ...")
+    if torch.equal(targets, inputs):
+        raise WrongAnswer("the targets equal the inputs: the model would be rewarded for repeating what it sees")
+    if torch.equal(targets, right - 1):
+        raise WrongAnswer("the targets lie one token before the inputs: the model would learn to predict the past")
+    if not torch.equal(targets, right + 1):
+        raise WrongAnswer("each target should be the token that follows its input")
+
+
+@exercise
+def ex08_2(learning_rate):
+    """Linear warm-up from peak / warmup, then half a cosine from peak to peak / 20."""
+    steps, warmup, peak = 110, 10, 2.0
+    rates = [float(learning_rate(step, steps, warmup, peak)) for step in range(steps + 1)]
+
+    def close(a, b):
+        return abs(a - b) < 1e-9
+
+    if rates[0] == 0:
+        raise WrongAnswer("step 0 has rate 0, so its batch is wasted: count the first step as 1 of warmup")
+    if not close(rates[0], peak / warmup) or not close(rates[9], peak):
+        raise WrongAnswer(
+            f"the warm-up goes from {rates[0]:g} to {rates[9]:g}, and should go from 0.2 to 2 in 10 steps"
+        )
+    if not close(rates[10], peak):
+        raise WrongAnswer(
+            f"at step warmup you give {rates[10]:g}: the cosine starts there, at the peak, with progress 0"
+        )
+    if close(rates[110], 0):
+        raise WrongAnswer("the rate ends at 0: it should end at peak / 20, so the cosine spans peak / 20 to peak")
+    if close(rates[35], (rates[10] + rates[60]) / 2):  # half a cosine lies above its chord here
+        raise WrongAnswer("that falls along a straight line: take (1 + cos(π · progress)) / 2")
+    if not close(rates[110], peak / 20):
+        raise WrongAnswer(f"at the last step you give {rates[110]:g}: with progress 1 it should be peak / 20 = 0.1")
+    right = [peak * (0.05 + 0.475 * (1 + math.cos(math.pi * (step - 10) / 100))) for step in range(10, 111)]
+    if not all(close(a, b) for a, b in zip(rates[10:], right)):
+        raise WrongAnswer("progress should be (step - warmup) / (steps - warmup): 0 at the peak, 1 at the end")
+
+
+@exercise
+def ex08_3(losses_would_differ):
+    """Weights, moments and the step number are what a step depends on."""
+    reasons = {
+        "weights": "training would begin anew from the initial ones",
+        "moments": "AdamW divides by them; from zero, its next steps have other lengths and directions",
+        "step": "it decides the batch, the learning rate and AdamW's bias correction",
+        "gradients": "they are set to zero after every update, so there is nothing to lose",
+        "validation_losses": "they are looked at and not used: no update depends on them",
+    }
+    answers = losses_would_differ()
+    if not isinstance(answers, dict) or set(answers) != set(reasons):
+        raise WrongAnswer(f"return a dict with exactly these keys: {', '.join(reasons)}")
+    for name, reason in reasons.items():
+        right = name in ("weights", "moments", "step")
+        if answers[name] is not right:
+            raise WrongAnswer(f"{name} is {right}, not {answers[name]}: {reason}")
+
+
+@exercise
+def ex08_4(paired_interval):
+    """mean ± t · s / √n of the differences."""
+    first, second, t = [2.0, 3.0, 4.5, 5.0], [1.5, 2.9, 4.1, 4.4], 3.0
+    low, high = (float(x) for x in paired_interval(first, second, t))
+    d = torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64)
+    half, middle = t * d.std().item() / 2, d.mean().item()
+    if low > high:
+        raise WrongAnswer("low is above high: return (low, high)")
+    if abs((low + high) / 2 + middle) < 1e-5:
+        raise WrongAnswer("the sign is turned round: take first - second")
+    if abs((low + high) / 2 - middle) > 1e-5:
+        raise WrongAnswer(f"the middle is {(low + high) / 2:.4f}, and the mean of first - second is {middle:.4f}")
+    width = (high - low) / 2
+    if abs(width - 2 * half) < 1e-5:
+        raise WrongAnswer("too wide: the mean of n differences is √n times less uncertain than one; divide by √n")
+    if abs(width - half / 2) < 1e-5:
+        raise WrongAnswer("too narrow: divide by √n, not by n")
+    if abs(width - half * math.sqrt(3 / 4)) < 1e-5:
+        raise WrongAnswer("too narrow: the sample standard deviation divides by n - 1, not by n")
+    spread = torch.tensor([first, second], dtype=torch.float64).std(dim=1)
+    if abs(width - t * spread.pow(2).sum().sqrt().item() / 2) < 1e-5:
+        raise WrongAnswer("not paired: take the deviation of the differences, so that what a seed does to both cancels")
+    if abs(width - half) > 1e-5:
+        raise WrongAnswer(f"the interval reaches {width:.4f} to either side, and should reach t · s / √n = {half:.4f}")
+
+
+# ------------------------------------------------------------------------------------------------ 09
+
+
+@exercise
+def ex09_1(tpa_cache_bytes):
+    """The bytes of a TPA model's cache, some layers of which look back a window only."""
+    # n_layer, n_head, d_head, rank_k, rank_v, context, batch_size, bytes_per_number, n_local, window
+    cases = [
+        (80, 64, 128, 1, 3, 131_072, 1, 2, 0, 0),
+        (12, 34, 64, 2, 3, 1024, 8, 4, 0, 0),
+        (62, 32, 128, 2, 1, 50_000, 2, 1, 52, 1024),
+        (32, 32, 128, 1, 4, 1000, 2, 2, 16, 4096),
+    ]
+
+    def numbers(h, d, k, v):
+        return (k + v) * (h + d)
+
+    def positions(L, n, M, w):
+        return (L - n) * M + n * min(M, w)
+
+    def rule(numbers=numbers, positions=positions, batch=True):
+        return [
+            numbers(h, d, k, v) * positions(L, n, M, w) * (B if batch else 1) * size
+            for L, h, d, k, v, M, B, size, n, w in cases
+        ]
+
+    answers = {
+        "": rule(),
+        "that is MHA's cache, 2 h d_h per token and layer; TPA keeps (R_K + R_V)(h + d_h)": rule(
+            lambda h, d, k, v: 2 * h * d
+        ),
+        "a pair of factors is h + d_h numbers, not h · d_h: the outer product is never stored": rule(
+            lambda h, d, k, v: (k + v) * h * d
+        ),
+        "ranks are counted separately, R_K for the keys and R_V for the values: their sum, not twice R_K": rule(
+            lambda h, d, k, v: 2 * k * (h + d)
+        ),
+        "each sequence of the batch has a cache of its own": rule(batch=False),
+        "local layers keep `window` tokens, not the whole context": rule(positions=lambda L, n, M, w: L * M),
+        "a context shorter than the window fills local layers with the context only: min(context, window)": rule(
+            positions=lambda L, n, M, w: (L - n) * M + n * w
+        ),
+        "only the local layers are counted; the others keep the whole context": rule(
+            positions=lambda L, n, M, w: n * min(M, w)
+        ),
+    }
+    _diagnose([tpa_cache_bytes(*case) for case in cases], answers, cases)
+
+
+@exercise
+def ex09_2(largest_rank):
+    """The largest R = R_K = R_V at which TPA caches at least `times` times less than G shared heads."""
+    # n_head, d_head, n_kv_head, times
+    cases = [(64, 128, 8, 2), (64, 128, 8, 1), (12, 64, 12, 1), (64, 64, 64, 8), (128, 128, 2, 3), (32, 128, 8, 1.5)]
+    given = [largest_rank(*case) for case in cases]
+    if not all(isinstance(n, int) for n in given):
+        raise WrongAnswer("return a whole number: there is no fraction of a rank")
+
+    def rule(whole=math.floor, mha=False, both=2):
+        return [whole(2 * (h if mha else G) * d / (both * times * (h + d))) for h, d, G, times in cases]
+
+    answers = {
+        "": rule(),
+        "rounded up: at that rank the saving is smaller than was asked for": rule(math.ceil),
+        "rounded to the nearest: where that is up, the saving is smaller than was asked for": rule(round),
+        "one rank too few where the saving is met exactly: `at least` includes equality": rule(
+            lambda x: max(0, math.ceil(x) - 1)
+        ),
+        "the baseline is what the model ships, its n_kv_head shared heads, not MHA with n_head": rule(mha=True),
+        "keys and values both have rank R, so TPA keeps 2 R (h + d_h) numbers per token": rule(both=1),
+        "where even rank 1 saves too little, the answer is 0": [max(1, n) for n in rule()],
+        "`times` is not used: that is break-even": [math.floor(G * d / (h + d)) for h, d, G, _ in cases],
+    }
+    _diagnose(given, answers, cases)
+
+
+@exercise
+def ex09_3(leaflet):
+    """Six sentences of an advertisement, and the baseline that each needs."""
+    right = dict(a="baseline", b="true", c="false", d="false", e="baseline", f="false")
+    why = dict(
+        a="per token and layer: MHA with 64 heads 16,384, the shipped GQA 2,048, TPA 384. Which two give 42.7?",
+        b="(2 + 2)(64 + 128) numbers, 80 layers, 2 bytes, 131,072 tokens: work it out",
+        c="70.6 billion weights (66.4 with TPA) at 2 bytes each come before any cache",
+        d="how many GB is the cache of 1,000 tokens at 328 kB each, and how many are the weights?",
+        e="392 numbers with 34 heads. The MHA of the comparison has 12 heads; which MHA has 4,352 numbers?",
+        f="DeepSeek-V3 ships no shared heads: its latent is 576 numbers; with 128 heads TPA keeps 4 · (128 + 128)",
+    )
+    given = leaflet()
+    if not isinstance(given, dict) or set(given) != set(right):
+        raise WrongAnswer("return a dict with the keys a to f")
+    for key, answer in given.items():
+        if answer not in ("true", "false", "baseline"):
+            raise WrongAnswer(f'{key}: {answer!r} is none of "true", "false" and "baseline"')
+    for key, answer in given.items():
+        if answer != right[key]:
+            raise WrongAnswer(f"{key} is not {answer!r}: {why[key]}")
+
+
 # ------------------------------------------------------------------------------------------------ 11
 
 

@@ -20,6 +20,8 @@ Exit status: 0 finished; 2 a wrong value; 1 the run failed (a full disk, a loss 
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import math
 import os
@@ -34,6 +36,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,28 +46,33 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tpa_minimal import data
-from tpa_minimal.baselines import MultiHeadAttention
+from tpa_minimal.baselines import MultiHeadAttention, MultiHeadLatentAttention
+from tpa_minimal.memory import Layer, match_heads
 from tpa_minimal.tpa import T6, Cache, T6Config, TensorProductAttention
 
 # ------------------------------------------------------------------------------------------------- what to train
 
-# Name -> function of TPA's configuration, giving the configuration and the layer to hand to T6.
-ATTENTIONS: dict[str, Callable[[T6Config], tuple[T6Config, Callable]]] = {
-    "tpa": lambda config: (config, TensorProductAttention),
+# The layers to choose from, by `memory.py`'s names for them.
+ATTENTIONS: dict[str, Callable[[T6Config], nn.Module]] = {
+    "tpa": TensorProductAttention,
+    "mha": MultiHeadAttention,
+    "mqa": functools.partial(MultiHeadAttention, n_kv_head=1),
+    "gqa": functools.partial(MultiHeadAttention, n_kv_head=2),
+    "mla": MultiHeadLatentAttention,
 }
 
 # What a preset trains with where nothing else is asked for. The paper's sizes take App. H's batch and learning rate,
 # for one pass over the 10 billion tokens of FineWeb-Edu's sample.
 _PAPER = dict(tokens=10_000_000_000, steps=20_000, batch_size=480, seq_len=1024)
 DEFAULTS = {
-    "tiny": dict(tokens=2_000_000, steps=400, batch_size=32, seq_len=128, lr=3e-3),
+    "tiny": dict(tokens=2_000_000, steps=300, batch_size=16, seq_len=128, lr=3e-3),
     "small-124M": dict(_PAPER, lr=6e-4),
     "medium-353M": dict(_PAPER, lr=3e-4),
     "large-773M": dict(_PAPER, lr=2e-4),
     "xl-1.5B": dict(_PAPER, lr=1e-4),
 }
 
-EVAL_TOKENS = 32_768  # validation tokens per evaluation, or one batch if that is more
+EVAL_TOKENS = 16_384  # validation tokens per evaluation, or one batch if that is more
 MAX_LOGITS = 2**29  # a process computes at most this many logits at a time (2 GiB in float32), by accumulation
 MIN_CHECKPOINT_SECONDS = 5.0  # between checkpoints; more where writing one takes long, see `train`
 
@@ -171,6 +179,19 @@ def _find_device(name: str) -> torch.device:
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
 
 
+def equal_parameters(attention: str, config: T6Config) -> T6Config:
+    """`config` with the head count that brings the named attention's layer nearest to its TPA layer's parameters.
+
+    Raises ValueError where even the smallest such layer has more.
+    """
+    if attention == "tpa":
+        return config
+    ranks = {name: getattr(config, name) for name in ("rank_q", "rank_k", "rank_v")}
+    parameters = Layer("tpa", config.d_model, config.n_head, config.d_head, **ranks).parameters
+    groups = {"n_kv_head": 2} if attention == "gqa" else {}
+    return replace(config, n_head=match_heads(attention, parameters, config.d_model, config.d_head, **groups))
+
+
 def build_model(settings: TrainConfig, vocab_size: int) -> T6:
     """The model that settled `settings` describe, with weights drawn from torch's global random generator.
 
@@ -179,7 +200,7 @@ def build_model(settings: TrainConfig, vocab_size: int) -> T6:
     try:
         config = T6Config.preset(settings.preset, **{"vocab_size": vocab_size, **settings.changes})
         config = replace(config, max_len=max(config.max_len, settings.seq_len))
-        return T6(*ATTENTIONS[settings.attention](config))
+        return T6(equal_parameters(settings.attention, config), ATTENTIONS[settings.attention])
     except (TypeError, ValueError) as error:
         raise SettingError(f"--preset {settings.preset} --attention {settings.attention}: {error}") from error
 
@@ -234,11 +255,19 @@ def save_checkpoint(out: Path, model: T6, optimizer: torch.optim.Optimizer, stat
     Raises OSError or SafetensorError where it cannot be written, with earlier checkpoints as they were.
     """
     target = out / f"checkpoint-{state['step']:08d}"
-    if target.exists():
-        return target
     for leftover in out.glob("checkpoint-*.tmp"):
         shutil.rmtree(leftover)
-    temporary = out / f"{target.name}.tmp"
+    if not target.exists():
+        _write_checkpoint(target, model, optimizer, state)
+    for name in _checkpoint_names(out)[:-1]:
+        # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
+        os.replace(out / name, out / f"{name}.tmp")
+        shutil.rmtree(out / f"{name}.tmp")
+    return target
+
+
+def _write_checkpoint(target: Path, model: T6, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    temporary = target.with_name(f"{target.name}.tmp")
     temporary.mkdir(parents=True)
     training = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
@@ -257,12 +286,7 @@ def save_checkpoint(out: Path, model: T6, optimizer: torch.optim.Optimizer, stat
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(out)
-    for name in _checkpoint_names(out)[:-1]:
-        # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
-        os.replace(out / name, out / f"{name}.tmp")
-        shutil.rmtree(out / f"{name}.tmp")
-    return target
+    _sync(target.parent)
 
 
 def _sync(path: Path) -> None:
@@ -327,7 +351,7 @@ class Loaded(NamedTuple):
     """A trained model with what belongs to it."""
 
     model: T6
-    tokenizer: "data.tiktoken.Encoding"
+    tokenizer: "tiktoken.Encoding"  # noqa: F821, imported by data.py only where it is used
     settings: TrainConfig
     step: int
 
@@ -576,17 +600,14 @@ def _train(settings: TrainConfig, checkpoint: Path | None, processes: _Processes
         log(f"{out} holds no checkpoint yet: starting from the beginning.")
 
     # 1. Data. The first process prepares it; the others find it ready.
-    for turn in range(2):
-        if first == (turn == 0):
-            token_data = data.prepare(settings.data, settings.tokens, progress=progress)
+    for turn in (True, False):
+        if first == turn:
+            with contextlib.nullcontext() if first else contextlib.redirect_stdout(None):
+                token_data = data.prepare(settings.data, settings.tokens, progress=progress)
         processes.sum([0.0])
     if settings.data == "auto":
         settings = replace(settings, data=token_data.source)
     _check_data(token_data, state, settings)
-    log(
-        f"Data: {token_data.source}, {len(token_data.train):,} tokens to train on and {len(token_data.val):,} held "
-        f"out, vocabulary of {token_data.vocab_size:,}."
-    )
 
     # 2. Model and optimizer.
     torch.manual_seed(settings.seed)
@@ -595,7 +616,11 @@ def _train(settings: TrainConfig, checkpoint: Path | None, processes: _Processes
     if checkpoint:
         _load_weights(model, checkpoint)
         _load_training(model, optimizer, checkpoint, state["step"])
-    log(f"Model: {settings.preset} with {settings.attention}, {model.num_parameters():,} parameters.")
+    layer = sum(p.numel() for p in model.blocks[0].attention.parameters())
+    log(
+        f"Model: {settings.preset} with {settings.attention}, {model.num_parameters():,} parameters, "
+        f"{layer:,} of them in each attention layer of {model.config.n_head} heads."
+    )
     forward = _compiled(model) if settings.compile else model
     if processes.count > 1:
         forward = nn.parallel.DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None)
@@ -609,7 +634,7 @@ def _train(settings: TrainConfig, checkpoint: Path | None, processes: _Processes
         settings={f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in _FREE},
         vocab_size=token_data.vocab_size,
         tokenizer=token_data.tokenizer.name,
-        checksum=token_data.meta["checksum"],
+        sha256=token_data.meta["sha256"],
     )
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     where = f"{device}{threads}" + (f", {processes.count} processes" if processes.count > 1 else "")
@@ -694,11 +719,10 @@ def _train(settings: TrainConfig, checkpoint: Path | None, processes: _Processes
 
 def _check_data(token_data, state: dict, settings: TrainConfig) -> None:
     """The checkpoint's data must be the data at hand, or the losses would not continue it."""
-    found, own = token_data.meta["checksum"], state.get("checksum", token_data.meta["checksum"])
-    if found != own:
+    if state.get("sha256", token_data.meta["sha256"]) != token_data.meta["sha256"]:
         raise SettingError(
-            f"--data {settings.data}: its tokens have the checksum {found[:12]}, the run in {settings.out} was trained "
-            f"on {own[:12]}; bring back the same documents, or choose another --out"
+            f"--data {settings.data}: gives other tokens than the run in {settings.out} was trained on (checksums "
+            f"differ); bring back the same documents and tokenizer, or choose another --out"
         )
 
 
@@ -734,7 +758,8 @@ def _expected_seconds(losses: _Losses, optimizer: torch.optim.Optimizer, steps: 
         seconds = time.monotonic() - started
         optimizer.zero_grad()
     s = losses.settings
-    evaluated = max(EVAL_TOKENS, s.batch_size * s.seq_len) / (s.batch_size * s.seq_len) / s.eval_every / 3
+    held_out = min(len(losses.data.val), max(EVAL_TOKENS, s.batch_size * s.seq_len))
+    evaluated = held_out / (s.batch_size * s.seq_len) / s.eval_every / 3  # a forward pass is a third of a step
     return seconds * steps * (1.05 + evaluated)
 
 
@@ -757,10 +782,12 @@ def report(result: TrainResult) -> Iterator[str]:
     yield f"Speed: {trained:,} tokens at {result.tokens_per_second:,.0f} tokens per second."
 
     model, tokenizer = result.model, result.data.tokenizer
-    opening = [token for token in result.data.val[:24].tolist() if token != tokenizer.eot_token][:16]
-    prompt = tokenizer.decode(opening)
-    yield "Sample, continuing the first words of a held-out document:"
-    yield f"    [{prompt}]{generate_text(model, tokenizer, prompt)}".replace("\n", "\n    ")
+    held_out = result.data.val
+    starts = [0, *(np.flatnonzero(held_out[:20_000] == tokenizer.eot_token)[:2] + 1)]
+    yield "Samples, continuing the first words of held-out documents (which are in brackets):"
+    for start in starts:
+        prompt = tokenizer.decode(held_out[start : start + 16].tolist()).split(data.END_OF_TEXT)[0]
+        yield f"    [{prompt}]{generate_text(model, tokenizer, prompt)}".replace("\n", "\n    ")
 
     length, c = model.config.max_len, model.config
     own, mha = measure_caches(model, length)
