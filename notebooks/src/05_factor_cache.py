@@ -342,7 +342,7 @@ fig, ax = plt.subplots()
 bars = ax.barh(list(numbers)[::-1], list(numbers.values())[::-1], hatch=["", "", "", "//", "", ""])
 ax.bar_label(bars, fmt="{:,.0f}", padding=4)
 ax.set(xlabel="numbers cached per token and layer", xlim=(0, 4900))
-ax.set_title("Far below MHA, but above MLA, GQA-2 and MQA")
+ax.set_title("TPA caches far less than MHA, but more than MLA, GQA-2 and MQA")
 ax.grid(axis="y", visible=False)
 plt.show()
 
