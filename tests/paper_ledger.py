@@ -137,8 +137,101 @@ LEDGER += [
     ),
 ]
 # ------------------------------------------------------------------------------------------------ 05
+LEDGER += [
+    Claim(
+        "Sec. 3.2, Theorem 3.1",
+        "b_k is rotated once, before it is stored; a token's factors do not depend on when they are made",
+        "05_factor_cache",
+        "prerotated",
+        "tests/test_tpa.py::test_the_layer_caches_b_k_as_rotated",
+    ),
+    Claim(
+        "Sec. 3.3, Table 1",
+        "the cache holds (R_K + R_V)(h + d_h) numbers per token, measured in bytes",
+        "05_factor_cache",
+        "cache-size",
+        "tests/test_tpa.py::test_cache_bytes_are_the_formulas",
+    ),
+    Claim(
+        "Table 1, App. H",
+        "caches of the small models: MHA 1,536 (12 heads), TPA 392, MLA 288, GQA-2 256, MQA 128",
+        "05_factor_cache",
+        "cache-small-models",
+        "tests/test_memory.py::test_cached_numbers_of_the_papers_own_configurations",
+    ),
+]
+
 # ------------------------------------------------------------------------------------------------ 06
+LEDGER += [
+    Claim(
+        "App. A",
+        "logits and outputs from the factors alone, with loops and counted",
+        "06_attention_in_factor_space",
+        "algorithm-1-loops",
+        "tests/test_tpa.py::test_factor_space_attention_equals_loops_over_outer_products",
+    ),
+    Claim(
+        "App. A, Algorithm 1",
+        "factor-space attention equals assembled attention",
+        "06_attention_in_factor_space",
+        "algorithm-1-einsum",
+        "tests/test_tpa.py::test_factor_space_attention_equals_assembled_attention",
+    ),
+    Claim(
+        "App. A.4",
+        "multiply-adds to decode one token, the three worked layers",
+        "06_attention_in_factor_space",
+        "appendix-a4",
+        "tests/test_memory.py::test_worked_costs_of_app_a4",
+    ),
+    Claim(
+        "App. A, Algorithm 2",
+        "block by block with an online softmax, for any ranks, lengths and blocks",
+        "06_attention_in_factor_space",
+        "algorithm-2",
+        "tests/test_tpa.py::test_factor_space_attention_equals_assembled_attention",
+    ),
+    Claim(
+        "Eq. A.4",
+        "when factor space needs fewer multiply-adds than MHA",
+        "06_attention_in_factor_space",
+        "equation-a4",
+        "tests/checks/test_ex06.py::test_06_3_diagnoses",
+    ),
+]
+
 # ------------------------------------------------------------------------------------------------ 07
+LEDGER += [
+    Claim(
+        "Table 10",
+        "head counts of MHA, MQA, GQA-2, KV-only and TPA follow from 4 d_model² weights per layer",
+        "07_t6",
+        "table-10",
+        "tests/test_memory.py::test_head_matching_gives_app_h",
+    ),
+    Claim(
+        "Table 10",
+        "the stated widths of MLA do not fit its head counts at the three larger sizes",
+        "07_t6",
+        "table-10-mla",
+        "tests/test_memory.py::test_the_stated_widths_of_mla_do_not_fit_its_head_counts",
+    ),
+    Claim(
+        "Table 1",
+        "weights of real TPA layers are the formula's, and models match MHA's total",
+        "07_t6",
+        "table-1-parameters",
+        "tests/test_tpa.py::test_parameters_are_table_1s",
+    ),
+    Claim(
+        "Sec. 3.3",
+        "generation with and without the factor cache gives the same text",
+        "07_t6",
+        "generate-cached",
+        "tests/test_tpa.py::test_generate_with_and_without_a_cache_gives_the_same_tokens",
+    ),
+]
+
 # ------------------------------------------------------------------------------------------------ 08
 LEDGER += [
     Claim(
@@ -167,7 +260,7 @@ LEDGER += [
 LEDGER += [
     Claim(
         "Abstract",
-        "what TPA's saving is depends on the baseline: MHA with its own heads, or what a model ships",
+        "how much TPA saves depends on the baseline: MHA with as many heads, or what ships",
         "09_memory_savings",
         "ratio-names-its-baseline",
         "tests/test_memory.py::test_the_question_everyone_asks",

@@ -16,8 +16,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tpa_minimal import baselines, memory, variants
-from tpa_minimal.memory import DTYPES, GB, MODELS, PAPER_HEADS, PAPER_SIZES, Layer, Model, match_heads, matched_heads
-from tpa_minimal.tpa import T6, T6Config, TensorProductAttention
+from tpa_minimal.memory import DTYPES, GB, MODELS, PAPER_HEADS, PAPER_SIZES, Layer, Model, match_heads
+from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, assemble
 
 few = settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 
@@ -233,17 +233,16 @@ def test_matched_heads_are_the_nearest(mechanism, heads, d_model, half_d_head):
     assert match_heads(mechanism, parameters(heads) + slope, d_model, d_head, **sizes) == heads
 
 
-def test_matched_heads_for_training():
-    config = T6Config.preset("small-124M")
-    assert matched_heads(config) == {"tpa": 34, "mha": 12, "mqa": 24, "gqa": 22, "mla": 14}
-    assert matched_heads(config, 4 * 768**2) == {"tpa": 33, "mha": 12, "mqa": 23, "gqa": 22, "mla": 13}
-    for name, heads in matched_heads(T6Config.preset("tiny", vocab_size=64)).items():
-        config = T6Config.preset("tiny", vocab_size=64, n_head=heads)
-        layer = real_layer(Layer(name, 128, heads, 32, n_kv_head=2), config)
+def test_matched_layers_are_real_layers_of_equal_size():
+    budget = Layer("tpa", 128, 16, 32).parameters
+    for name in ("mha", "mqa", "gqa", "mla", "tpa"):
+        sizes = {"n_kv_head": 2} if name == "gqa" else {}
+        heads = match_heads(name, budget, 128, 32, **sizes)
+        layer = real_layer(Layer(name, 128, heads, 32, **sizes), T6Config.preset("tiny", vocab_size=64, n_head=heads))
         count = sum(p.numel() for p in layer.parameters())
-        assert abs(count / Layer("tpa", 128, 16, 32).parameters - 1) < 0.1, (name, count)
+        assert abs(count / budget - 1) < 0.1, (name, count)
     with pytest.raises(ValueError, match="parameters=100.*raise the number"):
-        matched_heads(config, 100)
+        match_heads("mla", 100, 128, 32)
 
 
 def test_mla_defaults_agree_with_the_module():
@@ -377,8 +376,18 @@ def test_bad_input_is_named(wrong, said):
 
 def test_only_the_standard_library():
     bare = "import importlib.util as u, sys; s = u.spec_from_file_location('memory', {path!r}); "
-    bare += "m = u.module_from_spec(s); sys.modules['memory'] = m; s.loader.exec_module(m); assert 'torch' not in sys.modules and m.MODELS"
+    bare += "m = u.module_from_spec(s); sys.modules['memory'] = m; s.loader.exec_module(m); "
+    bare += "assert 'torch' not in sys.modules and m.MODELS"
     subprocess.run([sys.executable, "-S", "-c", bare.format(path=memory.__file__)], check=True)
+
+
+def test_keys_have_rank_r_k_per_token_and_more_per_text():
+    torch.manual_seed(0)
+    layer = TensorProductAttention(T6Config(11, 1, 32, 8, 16)).double()
+    _, _, a_k, b_k, _, _ = layer.factors(torch.randn(1, 20, 32, dtype=torch.float64))
+    k = assemble(a_k, b_k)[0]
+    assert torch.linalg.matrix_rank(k).tolist() == [2] * 20
+    assert torch.linalg.matrix_rank(k.flatten(1)) == 20
 
 
 def test_replacing_a_layer_keeps_the_rest():

@@ -195,20 +195,6 @@ def match_heads(mechanism: str, parameters: int, d_model: int, d_head: int, **si
     return step * steps
 
 
-def matched_heads(config, parameters: int | None = None, n_kv_head: int = 2, **mla_widths: int) -> dict[str, int]:
-    """For each of tpa, mha, mqa, gqa, mla, the heads that give a layer the parameters asked for.
-
-    config: anything with d_model, n_head, d_head, rank_q, rank_k and rank_v, such as a T6Config. parameters: by default
-    those of the config's own TPA layer, so that "tpa" answers config.n_head. n_kv_head: G of GQA. mla_widths: d_c,
-    d_c_q, d_rope, where Layer's defaults do not suit. Raises ValueError where `match_heads` does.
-    """
-    ranks = {name: getattr(config, name) for name in ("rank_q", "rank_k", "rank_v")}
-    if parameters is None:
-        parameters = Layer("tpa", config.d_model, config.n_head, config.d_head, **ranks).parameters
-    sizes = {"tpa": ranks, "mha": {}, "mqa": {}, "gqa": {"n_kv_head": n_kv_head}, "mla": mla_widths}
-    return {name: match_heads(name, parameters, config.d_model, config.d_head, **own) for name, own in sizes.items()}
-
-
 # ------------------------------------------------------------------------------------------------------ whole models
 
 

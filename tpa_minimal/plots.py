@@ -149,7 +149,7 @@ def ratio_map(ranks=(1, 2, 4, 8), n_kv_head=None, marks: dict[str, tuple[int, in
         ratio = G * d_h / (rank * (h + d_h))
         ax.pcolormesh(heads, widths, np.log2(ratio), cmap="Blues", vmin=-2, vmax=10, rasterized=True)
         ax.contourf(heads, widths, ratio, levels=[0, 1], colors="none", hatches=["xxx"])
-        lines = ax.contour(heads, widths, ratio, levels=[0.5, 2, 4, 8, 16, 32], colors="black", linewidths=0.8)
+        lines = ax.contour(heads, widths, ratio, levels=[2, 4, 8, 16, 32], colors="black", linewidths=0.8)
         middles = [line[len(line) // 2] for level in lines.allsegs for line in level if len(line) > 30]
         ax.contour(heads, widths, ratio, levels=[1], colors=COLOURS[1], linewidths=3.5)
         for name, (x, y) in (marks or {}).items():
