@@ -109,6 +109,7 @@ def compose(source: Path, solved: bool) -> nbformat.NotebookNode:
 def execute(notebook: nbformat.NotebookNode, solved: bool) -> None:
     """Run all cells in order, and keep only what belongs in the repository: text, tables and PNG figures."""
     os.environ["TPA_STRICT"] = "1" if solved else "0"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as `make test` runs them
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOKS)}})
     client.execute()
     notebook.metadata.pop("widgets", None)
