@@ -93,8 +93,8 @@ def measurement():
     source = (Path(__file__).resolve().parents[1] / "notebooks" / "src" / "09_memory_savings.py").read_text("utf-8")
     assigned = [
         node.value.value
-        for node in ast.walk(ast.parse(source.replace("\n%", "\n# %")))
-        if isinstance(node, ast.Assign) and node.targets[0].id == "MEASURE"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "MEASURE"
     ]
     return assigned[0]
 
