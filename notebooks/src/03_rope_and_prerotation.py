@@ -36,8 +36,9 @@ from tpa_minimal import checks, plots
 from tpa_minimal.tpa import assemble
 
 plots.style()
-torch.manual_seed(3)
+_ = torch.manual_seed(3)
 
+# %%
 q, k, v = torch.randn(8).double(), torch.randn(6, 8).double(), torch.randn(6, 8).double()
 order = torch.randperm(6)
 in_order = (q @ k.T).softmax(-1) @ v
@@ -75,6 +76,7 @@ def rotation(angle: float) -> Tensor:
     return torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
 
 
+# %%
 theta = 0.3
 x = torch.tensor([1.0, 0.0], dtype=torch.float64)
 print("x T_1 =", (x @ rotation(theta)).tolist())
@@ -95,6 +97,7 @@ def arrow(ax, vector, label, **style):
     ax.text(*(1.15 * torch.as_tensor(vector)).tolist(), label, ha=side, va="center")
 
 
+# %%
 fig, axes = plt.subplots(1, 2, figsize=(8, 3.7))
 for t in range(6):
     arrow(axes[0], (x @ rotation(t * theta)).tolist(), f"t={t}", color="black")
@@ -142,6 +145,7 @@ for t, s in ((2, 0), (10, 8), (1002, 1000)):
 d_head, base = 32, 10000.0
 theta = base ** (-2 * torch.arange(d_head // 2).double() / d_head)  # (d_h/2,)
 
+# %%
 distance = torch.arange(0, 101)
 fig, axes = plt.subplots(3, 1, figsize=(7, 3.4), sharex=True)
 for ax, j in zip(axes, (0, 4, 15)):
@@ -238,6 +242,7 @@ def rope_matrix(t):
     return torch.cat((torch.cat((C, -S), 1), torch.cat((S, C), 1)), 0)
 
 
+# %%
 positions = torch.tensor([0, 1, 17, 1000])
 x = torch.randn(2, 4, 3, d_head).double()  # (B, T, any, d_h)
 by_function = apply_rope(x, *rope_tables(positions, d_head, base, torch.float64))
@@ -332,6 +337,7 @@ def attend(factors, start=0, rotate="qk", table_dtype=torch.float64):
     return logits, torch.einsum("bhts,bshd->bthd", weights, v)
 
 
+# %%
 def random_factors(n_tokens, n_different):
     """Six random factors; n_different = 1 puts the same token at every position."""
     widths, ranks = (h, d_head) * 3, (6, 6, 2, 2, 2, 2)
@@ -396,6 +402,7 @@ for name, options in versions.items():
     before, after = attend(factors, 0, **options), attend(factors, 1000, **options)
     change[name] = [((y - x).norm() / x.norm()).item() for x, y in zip(before, after)]
     print(f"{name:46s} {change[name][0]:8.0e}   {change[name][1]:8.0e}")
+# %%
 assert max(change["right"]) < 1e-10
 assert change["values rotated too"][0] < 1e-10 < 1e-2 < change["values rotated too"][1]
 assert 1e-4 < change["bfloat16 tables"][0] < 1e-1 < change["only keys rotated"][0]
@@ -416,6 +423,7 @@ _, right = attend(long_text)
 _, turned = attend(long_text, rotate="qkv")
 length = assemble(long_text[4], long_text[5])[0, 0, 0].norm()  # of the value that head 0 reads
 
+# %%
 fig, ax = plt.subplots()
 for out, style, label, up in ((right, "-", "values not rotated", 8), (turned, "--", "values rotated", -16)):
     curve = out[0, :, 0].norm(dim=-1) / length
@@ -466,6 +474,7 @@ def relative_error(t, kind):
     return ((found - exact).norm() / exact.norm()).item()
 
 
+# %%
 kinds = (
     "bfloat16 positions and tables",
     "bfloat16 tables",

@@ -108,7 +108,8 @@ for ax, (title, picture) in zip(axes, pictures.items()):
     ax.imshow(picture.abs(), cmap="Greys", vmin=0, vmax=4, aspect="auto")
     for i, row in enumerate(picture.tolist()):
         for r, value in enumerate(row):
-            ax.text(r, i, f"{value:.0f}" if value in (0, 1) else f"{value:.1f}", ha="center", va="center", fontsize=8)
+            text = f"{value:.0f}" if value in (0, 1) else f"{round(value, 1) + 0.0:.1f}"
+            ax.text(r, i, text, ha="center", va="center", fontsize=9, color="white" if abs(value) > 2 else "black")
     ax.set_title(title, fontsize=9)
     ax.set(xticks=[], yticks=range(h) if ax is axes[0] else [])
     ax.grid(False)
@@ -270,10 +271,10 @@ box(0.6, 1.4, "MHA", ["$R=h$,  $A = h\\,I$", "caches $h\\,d_h$"])
 box(2.9, 1.4, "GQA", ["$R=G$,  $A = G \\cdot$ masks", "caches $G\\,d_h$"])
 box(5.2, 1.4, "MQA", ["$R=1$,  $A =$ ones", "caches $d_h$"])
 box(8.0, 1.4, "MLA, a neighbour", ["row $i$ of $K$ is $c(x)\\,W_i$", "caches $d_c$ + rotated part"], dashed=True)
-branch((3.7, 7.8), (3.0, 6.4), "make A constant")
-branch((4.4, 7.8), (6.2, 6.4), "make B constant")
+branch((3.7, 8.1), (3.0, 6.15), "make A constant")
+branch((4.4, 8.1), (6.2, 6.15), "make B constant")
 for end in (0.6, 2.9, 5.2):
-    branch((2.9, 4.45), (end, 2.75), "set A to" if end == 2.9 else "")
+    branch((2.9, 4.7), (end, 2.35), "set A to" if end == 2.9 else "")
 ax.set(xlim=(-0.7, 9.4), ylim=(0, 10), title="MHA, GQA and MQA are TPA with constant head factors (keys shown)")
 ax.axis("off")
 plt.show()
@@ -292,12 +293,15 @@ plt.show()
 # and ask for the rank of that.
 
 # %% tags=["nbval-check-output"]
+rank = torch.linalg.matrix_rank
+tokens = torch.randn(1, 20, d_model).double()
 for name, attention in (("fixed A", FixedHeadFactors), ("contextual A", TensorProductAttention)):
-    a_q, b_q, a_k, b_k, a_v, b_v = attention(config).double().factors(torch.randn(1, 20, d_model).double())
+    layer = attention(config).double()
+    a_q, b_q, a_k, b_k, a_v, b_v = layer.restore(*layer.factors(tokens), start=0)  # `restore` puts the constants in
     K = assemble(a_k, b_k)[0]  # (T, h, d_h)
     side_by_side = K.transpose(0, 1).flatten(1)  # (h, T · d_h)
-    rank = torch.linalg.matrix_rank
     print(f"{name:13s} rank of one token: {rank(K[0]).item()}   of 20 tokens side by side: {rank(side_by_side).item()}")
+    assert rank(K[0]) == 2 and rank(side_by_side) == (2 if name == "fixed A" else h)
 
 # %% [markdown]
 # With fixed A, all tokens together only ever use the same two patterns over heads: the heads are tied together for
@@ -407,15 +411,14 @@ assert worst > best_fixed
 
 # %%
 fig, ax = plt.subplots(figsize=(7.5, 3.8))
-for (name, curve), style, up in zip(accuracy.items(), ("-", ":", "--", "-."), (0, -6, 0, 8)):
+for (name, curve), style in zip(accuracy.items(), ("-", ":", "--", "-.")):
     smooth = curve.unfold(0, 10, 10).mean(-1)  # means of 10 steps, (steps / 10, n_seed)
     step = torch.arange(5, steps, 10)
     ax.fill_between(step, smooth.amin(1), smooth.amax(1), alpha=0.2, lw=0)
-    ax.plot(step, smooth.mean(1), style)
-    label = f"{name} (caches {competitors[name][2]})"
-    ax.annotate(label, (steps, smooth[-1].mean()), xytext=(6, up - 4), textcoords="offset points", fontsize=9)
+    ax.plot(step, smooth.mean(1), style, label=f"{name} (caches {competitors[name][2]})")
 ax.axhline(1 / n_word, color="0.5", lw=1)
-ax.text(2, 1 / n_word + 0.02, "guessing", color="0.3", fontsize=9)
+ax.text(1.02 * steps, 1 / n_word + 0.02, "guessing", color="0.3", fontsize=9)
+ax.legend(loc="center right", fontsize=9, handlelength=3)
 ax.set(xlim=(0, 1.5 * steps), ylim=(0, 1.03), xlabel="training step", ylabel="words recalled (fraction)")
 ax.set_xticks(range(0, steps + 1, steps // 5))
 ax.set_title("One contextual head factor does what several fixed ones did not learn")
