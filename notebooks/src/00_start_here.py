@@ -52,7 +52,7 @@ print(config)
 # %%
 run = train.train(
     train.TrainConfig(
-        out=tempfile.mkdtemp(), data="lessons", tokens=400_000, steps=120, batch_size=8, seq_len=128, eval_every=120
+        out=tempfile.mkdtemp(), data="lessons", tokens=400_000, steps=80, batch_size=8, seq_len=128, eval_every=80
     ),
     progress=False,
     log=lambda line: None,
