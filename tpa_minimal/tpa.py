@@ -225,7 +225,7 @@ class Cache(list):
 # -------------------------------------------------------------------------------------------------- attention
 
 
-def factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, *, start: int, block_size: int = 8192) -> Tensor:
+def factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, *, start: int, block_size: int = 16384) -> Tensor:
     """Causal attention that never builds K or V (App. A, Algorithm 1), block by block (Algorithm 2).
 
     a_q (B, T, R_Q, h), b_q (B, T, R_Q, d_h): factors of T queries at positions start, start + 1, ...
