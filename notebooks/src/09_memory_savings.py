@@ -409,7 +409,7 @@ ax.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
 ax.set_yticks(range(len(words)), words, fontsize=8)
 ax.grid(visible=False)
 fig.colorbar(image, label="cosine of two $b_K$ (rank 1)")
-ax.set_title("$B_K$: equal and similar tokens have similar features")
+ax.set_title("$B_K$: tokens that play the same part have similar features")
 plt.show()
 
 # %% [markdown]
