@@ -10,7 +10,7 @@
 #
 # **You need** [05](05_factor_cache.ipynb).
 #
-# **Time** about 75 minutes to read and do; the code runs in at most 40 s on two CPU cores
+# **Time** about 75 minutes to read and do; the code runs in at most 50 s on two CPU cores
 
 # %% tags=["setup"]
 # (filled in by notebooks/build.py)
@@ -22,7 +22,6 @@ import weakref
 from itertools import product
 
 import matplotlib.pyplot as plt
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
