@@ -419,7 +419,7 @@ for (name, curve), style in zip(accuracy.items(), ("-", ":", "--", "-.")):
 ax.axhline(1 / n_word, color="0.5", lw=1)
 ax.text(1.02 * steps, 1 / n_word + 0.02, "guessing", color="0.3", fontsize=9)
 ax.legend(loc="center right", fontsize=9, handlelength=3)
-ax.set(xlim=(0, 1.5 * steps), ylim=(0, 1.03), xlabel="training step", ylabel="words recalled (fraction)")
+ax.set(xlim=(0, 1.65 * steps), ylim=(0, 1.03), xlabel="training step", ylabel="words recalled (fraction)")
 ax.set_xticks(range(0, steps + 1, steps // 5))
 ax.set_title("One contextual head factor does what several fixed ones did not learn")
 plt.show()
