@@ -37,7 +37,13 @@ def style() -> None:
     """Set the course's figure style: small PNGs, readable labels, a palette that survives colour blindness."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None:  # notebooks keep their figures, so these must be small
-        shell.display_formatter.formatters["image/png"].for_type(Figure, small_png)
+
+        def keep_small(*_) -> None:
+            shell.display_formatter.formatters["image/png"].for_type(Figure, small_png)
+
+        keep_small()
+        # At the end of the cell that loads it, the inline backend registers its own formatter: come back after that.
+        shell.events.register("pre_run_cell", keep_small)
     plt.rcParams.update(
         {
             "figure.figsize": (7, 3.6),
