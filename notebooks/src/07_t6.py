@@ -489,9 +489,10 @@ for temperature, top_k in ((0, None), (0.7, None), (1.5, None), (1.5, 3)):
     print(f"τ {temperature}, top-k {top_k}: {decode(written[0])}")
 
 # %% [markdown]
-# Greedy is correct and dull: the likeliest letter leads back to the same sentence. At 0.7 the sentences vary; at 1.5
-# words fall apart, and top-k puts most of them together again. To say that with a number, write a few hundred letters
-# at each setting and count the words that exist in the language.
+# Greedy is safe and dull: the likeliest letter soon leads back to the same words. At 0.7 the sentences vary, and
+# after so little training a slip here and there is to be expected. At 1.5 words fall apart, and top-k repairs a good
+# part of them. To say that with a number, write a few hundred letters at each setting and count the words that exist
+# in the language.
 
 # %%
 known = set(text.replace(".", "").split())
