@@ -128,7 +128,7 @@ def test_exercises_have_stub_solution_and_checker(source):
     calls = [cell for cell in code_cells(student) if "checks.ex" in cell.source]
     if source.stem[:2] != "00":
         assert 2 <= len(calls) <= 4
-    assert len(stubs) == len(answers) == len(calls)
+    assert len(stubs) == len(calls) <= len(answers)  # a solved notebook may go on to use an answer
     assert not tagged(student, "solution") and not tagged(solved, "exercise")
     for stub in stubs:
         assert "raise NotImplementedError" in stub.source

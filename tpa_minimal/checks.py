@@ -661,7 +661,7 @@ def ex04_4(attempt):
     hints = {
         ("contextual A", "fixed A"): "one token's rank is small in both; put many tokens side by side, "
         "h × (T · d_h): with constants the rank stays, with contextual factors it grows",
-        ("contextual A", "MHA"): "all tokens together use every head pattern, as MHA's do, but one token is of low rank",
+        ("contextual A", "MHA"): "together the tokens use every head pattern, as MHA's do, yet one token has low rank",
         ("fixed A", "GQA"): "the rank is the same as GQA's, but no two heads have equal keys",
         ("GQA", "fixed A"): "its constants are masks: heads of one group have equal keys, so count the different rows",
         ("GQA", "MQA"): "not all heads have the same key: there are several groups",

@@ -185,8 +185,8 @@ def run(name, steps, **changes):
         return train.train(config, progress=False)
 
 
-steps = 2000 if FULL else 140 if tokens.vocab_size < 10_000 else 30
-result = run("tpa", steps)
+steps = 2000 if FULL else 120 if tokens.vocab_size < 10_000 else 30
+result = run("tpa", steps, eval_every=steps // 6)
 print(f"{result.model.num_parameters():,} parameters, {result.tokens_per_second:,.0f} tokens per second")
 
 # %%
@@ -239,11 +239,11 @@ def press_ctrl_c_at_6(step, *rest):
 
 
 with mock.patch.object(train, "learning_rate", press_ctrl_c_at_6):
-    stopped = run("disturbed", 12)
+    stopped = run("disturbed", 12, eval_every=12)
 print(f"stopped after {stopped.step} updates by {signal.Signals(stopped.stopped_by).name}")
 
 # %%
-resumed, undisturbed = run("disturbed", 12), run("undisturbed", 12)
+resumed, undisturbed = run("disturbed", 12), run("undisturbed", 12, eval_every=12)
 if device == "cpu":
     assert resumed.metrics == undisturbed.metrics  # every digit of every loss
 print([f"{row['train_loss']:.4f}" for row in resumed.metrics[5:9]])
@@ -312,9 +312,12 @@ for name in ("tpa", "mha"):
 # be taken pair by pair, and whatever a seed does to both cancels.
 
 # %%
-seeds, short = (range(5), 1000) if FULL else (range(3), steps // 4)
+seeds, short = (range(5), 1000) if FULL else (range(3), 30)
 final = {
-    name: [run(f"{name}-{seed}", short, attention=name, seed=seed).metrics[-1]["val_loss"] for seed in seeds]
+    name: [
+        run(f"{name}-{seed}", short, attention=name, seed=seed, eval_every=short).metrics[-1]["val_loss"]
+        for seed in seeds
+    ]
     for name in ("tpa", "mha")
 }
 difference = np.subtract(final["tpa"], final["mha"])
@@ -366,9 +369,7 @@ checks.ex08_4(paired_interval)
 
 # %% tags=["solution"]
 low, high = paired_interval(final["tpa"], final["mha"], {3: 4.303, 5: 2.776}[len(seeds)])
-print(
-    f"TPA - MHA: {low:+.3f} to {high:+.3f}:", "no difference seen" if low < 0 < high else "a difference, so early"
-)
+print(f"TPA - MHA: {low:+.3f} to {high:+.3f}:", "no difference seen" if low < 0 < high else "a difference, so early")
 
 # %% [markdown]
 # ## Summary
