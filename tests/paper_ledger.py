@@ -309,6 +309,23 @@ LEDGER += [
     ),
 ]
 # ------------------------------------------------------------------------------------------------ 10
+LEDGER += [
+    Claim(
+        "App. A, Algorithm 2",
+        "stretches of the cache attended to apart merge exactly, by rescaling to a common maximum",
+        "10_flash_decode",
+        "alg-2-stretches",
+        "tests/checks/test_ex10.py::test_accepts_the_solution",
+    ),
+    Claim(
+        "App. A, Algorithm 2; Sec. 6.2",
+        "one pass over the cached factors decodes a token, for any ranks, without building K or V",
+        "10_flash_decode",
+        "alg-2-kernel",
+        "tests/test_flash_decode.py::test_kernel_equals_float64",
+    ),
+]
+
 # ------------------------------------------------------------------------------------------------ 11
 LEDGER += [
     Claim(

@@ -1,0 +1,444 @@
+# %% [markdown]
+# # 10 · Flash decoding
+#
+# {badge}
+#
+# **You will be able to**
+#
+# - say why decoding waits for memory, and place MHA, GQA and TPA on a roofline that you measured;
+# - split one query's attention over stretches of the cache, and merge the results exactly;
+# - write a Triton kernel that attends in factor space, and run it without a GPU;
+# - keep large logits accurate when the hardware multiplies half-precision numbers;
+# - read a decoding benchmark: what it compares, against which limit, and what it leaves out.
+#
+# **You need** notebook 06 (attention in factor space, and the online softmax). No GPU.
+#
+# **Time** about 60 minutes to read and do; the code runs in at most 60 s on two CPU cores
+
+# %% tags=["setup"]
+# (filled in by notebooks/build.py)
+
+# %% [markdown]
+# Notebook 06 derived *what* to compute for a new token: walk the cache block by block, and never build K or V. This one
+# is about *who computes it*. A GPU has more than a hundred processors, and a single new token of a single sequence
+# must keep them all busy.
+#
+# The language for such programs is [Triton](https://triton-lang.org): Python functions that are compiled for the GPU.
+# It also has an **interpreter**, which runs the same functions on a CPU, slowly but exactly. It must be chosen before
+# Triton is imported, so that is our first step. (Triton comes with PyTorch for CUDA on Linux; elsewhere there may be no
+# package for your system, and this notebook can only be read.)
+
+# %%
+import json
+import math
+import os
+from pathlib import Path
+
+if device == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import matplotlib.pyplot as plt
+import triton
+import triton.language as tl
+
+from tpa_minimal import bench, checks, flash_decode, plots
+from tpa_minimal.tpa import T6, FactorCache, T6Config, assemble, factor_attention
+
+plots.style()
+_ = torch.manual_seed(0)
+
+# %% [markdown]
+# ## 1 · Decoding waits for memory
+#
+# To decode one token, all of the cache must be read once. How much arithmetic is there to do meanwhile? Count two
+# operations (a multiplication and an addition) for each multiply–add, per cached token and layer:
+#
+# | | operations | numbers read |
+# |---|---|---|
+# | MHA | $4\,h\,d_h$ | $2\,h\,d_h$ |
+# | GQA, $G$ groups | $4\,h\,d_h$ | $2\,G\,d_h$ |
+# | TPA, the small Q assembled first | $2\,(R_K + R_V)\,h\,(d_h + 1)$ | $(R_K + R_V)(h + d_h)$ |
+#
+# Operations divided by bytes is the **arithmetic intensity**. It decides which resource runs out first.
+
+# %%
+h, d_h, size = 32, 64, 4  # float32: 4 bytes a number
+
+
+def intensity(operations, numbers):
+    return operations / (size * numbers)
+
+
+kinds = {
+    "MHA": intensity(4 * h * d_h, 2 * h * d_h),
+    "GQA-4": intensity(4 * h * d_h, 2 * 4 * d_h),
+    "TPA, rank 1": intensity(2 * 2 * h * (d_h + 1), 2 * (h + d_h)),
+}
+for name, value in kinds.items():
+    print(f"{name:12} {value:5.1f} operations per byte")
+
+# %% [markdown]
+# MHA does half an operation for each byte of float32: any processor waits. TPA shares one $b_k$ among all heads, and its
+# intensity is that of $h$ heads reading a single row, as in MQA, less what the head factors add. The rank does not
+# enter: it multiplies both counts.
+#
+# What can this machine do? We measure two things: how fast it copies memory, and how fast it multiplies matrices.
+
+# %%
+threads = torch.get_num_threads()
+bandwidth = bench.copy_bandwidth(device, megabytes=64)
+matrix = torch.randn(1024, 1024, device=device)
+product = bench.in_turns({"product": lambda: matrix @ matrix}, 5, device)["product"]
+peak = 2 * 1024**3 / (product["min_ms"] / 1000)
+print(f"{bandwidth / 1e9:.0f} GB/s, {peak / 1e9:.0f} billion operations per second, {threads} threads, {device}")
+
+# %% [markdown]
+# The **roofline** is the limit that follows: a program of intensity $I$ performs at most
+# $\min(\text{peak},\; I \cdot \text{bandwidth})$ operations per second.
+
+# %%
+fig, ax = plt.subplots()
+x = torch.logspace(-2, 8, 100, base=2)
+ax.plot(x, (x * bandwidth).clamp(max=peak) / 1e9, color="black")
+for (name, value), marker in zip(kinds.items(), "os^"):
+    ax.plot(value, min(value * bandwidth, peak) / 1e9, marker, markersize=9)
+    ax.annotate(name, (value, min(value * bandwidth, peak) / 1e9), (6, -16), textcoords="offset points")
+ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="billion operations per second")
+ax.set_title("The roofline of this machine: where the roof slopes, memory is the limit")
+plt.show()
+
+# %% [markdown]
+# Where a point lies under the slope, fewer bytes mean less time. Under the flat part the processor itself is the limit,
+# and fewer bytes no longer help. MHA sits on the slope on any machine. TPA moves to the right, and on a CPU it can reach
+# the flat part: there its speed-up over MHA stays *below* the ratio of the caches. In half precision on a GPU with
+# matrix units the slope reaches much further to the right.
+#
+# ## 2 · One query, many processors
+#
+# While a model is being trained, each processor takes some of the many queries. In decoding there is one. What is long
+# is the cache, so we cut *it*: each processor takes a stretch of positions and attends to that alone. What it must hand
+# over are the three numbers of the online softmax, with logits in powers of 2 as GPUs like them: the maximum $m$, the
+# sum $s = \sum 2^{\ell - m}$, and the output $y = \sum 2^{\ell - m} v$.
+
+
+# %%
+def attend_to(logits, v):
+    """What one stretch leaves: logits (M, h), v (M, h, d_h) -> m (h), s (h), y (h, d_h)."""
+    m = logits.amax(0)
+    weights = torch.exp2(logits - m)
+    return m, weights.sum(0), torch.einsum("mh,mhd->hd", weights, v)
+
+
+logits, v = 20 * torch.randn(1000, h, dtype=torch.float64), torch.randn(1000, h, d_h, dtype=torch.float64)
+stretches = [slice(0, 100), slice(100, 617), slice(617, 1000)]
+parts = [attend_to(logits[stretch], v[stretch]) for stretch in stretches]
+m, s, y = (torch.stack(part) for part in zip(*parts))  # (3, h), (3, h), (3, h, d_h)
+
+# %% [markdown]
+# Merging needs one thought. The stretches used different maxima. Multiplying a stretch's $s$ and $y$ by
+# $2^{m_i - m}$ gives what it would have found with the common maximum $m = \max_i m_i$; then sums may be added:
+#
+# $$o = \frac{\sum_i 2^{m_i - m}\, y_i}{\sum_i 2^{m_i - m}\, s_i}.$$
+#
+# In words: every stretch is weighed by the share of the whole softmax that fell into it.
+
+# %% claim="alg-2-stretches"
+shrink = torch.exp2(m - m.amax(0))
+merged = (shrink[..., None] * y).sum(0) / (shrink * s).sum(0)[:, None]
+whole = torch.einsum("mh,mhd->hd", (logits * math.log(2)).softmax(0), v)
+torch.testing.assert_close(merged, whole, rtol=1e-12, atol=1e-12)
+
+# %% [markdown]
+# Exact to rounding, wherever we cut. This is **flash decoding**: stretches side by side, then one small merge. Its cost
+# is the partial results, $h (d_h + 2)$ numbers per stretch, which a cache of thousands of tokens outweighs.
+#
+# ## 3 · A first kernel: one tile of logits
+#
+# A Triton kernel is written for one **program**, and many programs run at once. Each asks for its own number, loads a
+# *tile* of each operand from the addresses that it computes, works on the tiles, and stores its result. Ours starts
+# with the logits of factor space at rank 1: $\ell = \langle q, b_k\rangle\, a_k$.
+
+
+# %%
+@triton.jit
+def logits_kernel(q, a_k, b_k, out, M, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # which rows of the cache are mine?
+    heads, features = tl.arange(0, H), tl.arange(0, D)
+    seen = (positions < M)[:, None]  # the last tile may stick out of the cache
+    b = tl.load(b_k + positions[:, None] * D + features[None, :], mask=seen, other=0.0)  # (BLOCK, D)
+    a = tl.load(a_k + positions[:, None] * H + heads[None, :], mask=seen, other=0.0)  # (BLOCK, H)
+    query = tl.load(q + heads[:, None] * D + features[None, :])  # (H, D)
+    logits = tl.dot(query, tl.trans(b), input_precision="ieee") * tl.trans(a)  # (H, BLOCK)
+    tl.store(out + positions[:, None] * H + heads[None, :], tl.trans(logits), mask=seen)
+
+
+# %% [markdown]
+# Addresses are a pointer plus offsets: row times width plus column, for all entries of the tile at once. The sizes marked
+# `tl.constexpr` are fixed when the kernel is compiled, and must be powers of two; the number of positions is not, so the
+# **mask** keeps the last tile inside the cache. We start as many programs as there are tiles:
+
+# %%
+M = 100
+q, a_k, b_k = (torch.randn(rows, width, device=device) for rows, width in ((h, d_h), (M, h), (M, d_h)))
+out = torch.full((M, h), math.nan, device=device)
+logits_kernel[triton.cdiv(M, 32),](q, a_k, b_k, out, M, H=h, D=d_h, BLOCK=32)
+torch.testing.assert_close(out, (b_k @ q.T) * a_k, rtol=1e-4, atol=1e-4)
+print("programs:", triton.cdiv(M, 32), "· positions in the last one:", M - 32 * (M // 32))
+
+# %% [markdown]
+# No `nan` is left: every entry was written, and none beyond the end.
+#
+# ## 4 · The second kernel: a whole stretch
+#
+# Now each program walks through its stretch and keeps the running $m$, $s$ and $y$ of notebook 06 on the chip. Nothing
+# of the size of the cache is ever written: what goes out is one $m$ and $s$ per head and one $y$.
+
+
+# %%
+@triton.jit
+def stretch_kernel(
+    q, a_k, b_k, a_v, b_v, m_out, s_out, y_out, M, stretch,
+    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    heads, features, i = tl.arange(0, H), tl.arange(0, D), tl.program_id(0)
+    query = tl.load(q + heads[:, None] * D + features[None, :])
+    m = tl.full((H,), float("-inf"), tl.float32)
+    s = tl.zeros((H,), tl.float32)
+    y = tl.zeros((H, D), tl.float32)
+    for first in range(i * stretch, tl.minimum((i + 1) * stretch, M), BLOCK):
+        positions = first + tl.arange(0, BLOCK)
+        seen = (positions < M)[:, None]
+        row_h, row_d = positions[:, None] * H + heads[None, :], positions[:, None] * D + features[None, :]
+        p = tl.dot(query, tl.trans(tl.load(b_k + row_d, mask=seen, other=0.0)), input_precision="ieee")
+        logits = p * tl.trans(tl.load(a_k + row_h, mask=seen, other=0.0))
+        logits = tl.where((positions < M)[None, :], logits, float("-inf"))
+        m_new = tl.maximum(m, tl.max(logits, 1))
+        weights, shrink = tl.exp2(logits - m_new[:, None]), tl.exp2(m - m_new)
+        scaled = weights * tl.trans(tl.load(a_v + row_h, mask=seen, other=0.0))
+        s = s * shrink + tl.sum(weights, 1)
+        y = tl.dot(scaled, tl.load(b_v + row_d, mask=seen, other=0.0), y * shrink[:, None], input_precision="ieee")
+        m = m_new
+    tl.store(m_out + i * H + heads, m)
+    tl.store(s_out + i * H + heads, s)
+    tl.store(y_out + (i * H + heads[:, None]) * D + features[None, :], y)
+
+
+# %% [markdown]
+# Read it beside the loop of `factor_attention`: the lines are the same. Two details matter. Positions beyond the end get
+# the logit $-\infty$ and not 0, or they would take part in the softmax. And the scale $1/(R_K \sqrt{d_h})$ is put into the query
+# beforehand, together with $\log_2 e$, because $e^x = 2^{x \log_2 e}$.
+
+# %%
+M, count = 1000, 4
+factors = [torch.randn(1, T, R, w, device=device) for T, R in ((1, 6), (M, 1), (M, 1)) for w in (h, d_h)]
+q = assemble(*factors[:2])[0, 0] * (math.log2(math.e) / math.sqrt(d_h))
+m, s = torch.empty(2, count, h, device=device)
+y = torch.empty(count, h, d_h, device=device)
+held = [factor.contiguous() for factor in factors[2:]]
+stretch_kernel[count,](q.contiguous(), *held, m, s, y, M, 256, H=h, D=d_h, BLOCK=32)
+
+# %% [markdown]
+# Four stretches of 256, the last one cut short by the end of the cache. The merge is that of section 2:
+
+# %%
+shrink = torch.exp2(m - m.amax(0))
+ours = (shrink[..., None] * y).sum(0) / (shrink * s).sum(0)[:, None]
+exact = factor_attention(*(factor.double() for factor in factors), start=M - 1)[0, 0]
+print(f"relative error against float64: {((ours - exact).norm() / exact.norm()).item():.0e}")
+assert (ours - exact).norm() <= 1e-5 * exact.norm()
+
+# %% [markdown]
+# That is a correct flash-decoding kernel for rank 1, one sequence, and head counts that are powers of two.
+#
+# ## 5 · The kernel of the course
+#
+# `tpa_minimal/flash_decode.py` is this kernel with the restrictions removed. Open it; you know most of it:
+#
+# - **any ranks**: a loop over $r$ around the loads; `tl.static_range` writes it out when compiling;
+# - **batch and any number of heads**: two more program numbers, and masks for heads and features;
+# - **the cache as it lies in memory**: strides instead of contiguous copies. The `FactorCache` has room for more
+#   positions than it holds, so its views are not contiguous, and copying them would read all that TPA saved;
+# - **half precision without spoiling the query**, which deserves a look.
+#
+# The matrix units of GPUs multiply bfloat16 numbers, which have 8 significant bits. The cached factors are stored like
+# that. But the query is assembled here and now, and if *it* is rounded too, a logit of 1,000 is off by a few units, and
+# the softmax turns units into factors. The remedy: write the query as a sum of bfloat16 numbers, each of which holds
+# what the previous ones left over.
+
+# %%
+exact_q = torch.randn(10_000, dtype=torch.float64)
+rest, total = exact_q.float(), torch.zeros_like(exact_q)
+for parts in (1, 2, 3):
+    part = rest.bfloat16()
+    rest, total = rest - part.float(), total + part.double()
+    print(
+        f"{parts} part{'s' * (parts > 1)}: largest relative error {((total - exact_q) / exact_q).abs().max().item():.0e}"
+    )
+
+# %% [markdown]
+# Three parts are as good as float32. That costs three small products in place of one, while the bytes that are read stay
+# the same, and bytes are what we wait for. Now the kernel against float64, with factors that are 30 times too large as
+# well:
+
+# %% claim="alg-2-kernel"
+worst = {}
+for dtype in (torch.float32, torch.bfloat16):
+    for scale in (1, 30):
+        shapes = [(2, T, R, w) for T, R in ((1, 6), (77, 2), (77, 3)) for w in (20, 24)]
+        factors = [(scale * torch.randn(shape, device=device)).to(dtype) for shape in shapes]
+        exact = factor_attention(*(factor.double() for factor in factors), start=76)
+        got = flash_decode.decode(*factors).double()
+        worst[dtype, scale] = ((got - exact).norm() / exact.norm()).item()
+        print(f"{str(dtype):15} factors × {scale:2}: relative error {worst[dtype, scale]:.0e}")
+assert all(value <= (1e-5 if dtype == torch.float32 else 2e-2) for (dtype, _), value in worst.items())
+
+# %% [markdown]
+# Batch 2, 20 heads, 77 positions, ranks 6, 2 and 3: nothing there fits a tile. In bfloat16 most of what remains is the
+# rounding of the result itself.
+#
+# ## 6 · Into the model
+#
+# One call gives the kernel to every TPA layer of a model. It serves single new tokens; prompts, several tokens at once
+# and training keep to PyTorch.
+
+# %%
+model = T6(T6Config(vocab_size=60, n_layer=2, d_model=32, n_head=4, d_head=8, max_len=32)).to(device)
+for weight in model.parameters():
+    torch.nn.init.normal_(weight, std=0.2)
+prompt = torch.randint(60, (1, 8), device=device)
+before = model.generate(prompt, 6, temperature=0)
+flash_decode.use(model)
+print("same tokens:", torch.equal(model.generate(prompt, 6, temperature=0), before))
+
+# %% [markdown]
+# ## 7 · What was measured
+#
+# `python -m tpa_minimal.bench decode` times all mechanisms in one run and in turns: attention alone, one new token,
+# batch 1, random numbers in a full cache. The repository carries one such result. We draw it; if the file is not there
+# (as in Colab), a shorter run takes its place.
+
+# %%
+recorded = Path("results/bench_decode.json")
+if recorded.exists():
+    result = json.loads(recorded.read_text())
+else:
+    result = {"environment": bench.environment(device, torch.float32)}
+    result["rows"] = bench.decode([1024, 4096], repeats=3, device=device)
+for key, value in result["environment"].items():
+    print(f"{key:24} {value:.1f}" if isinstance(value, float) else f"{key:24} {value}")
+
+# %%
+shown = ["MHA", "GQA-4", "MLA", "TPA (16, 1, 1)", "TPA (16, 2, 2)"]
+fig, ax = plt.subplots(figsize=(7, 4))
+for name, marker, line in zip(shown, "osD^v", ("-", "--", ":", "-", "-.")):
+    rows = [row for row in result["rows"] if row["mechanism"] == name and row["way"] != "triton"]
+    ax.plot([row["context"] for row in rows], [row["median_ms"] for row in rows], marker=marker, ls=line, label=name)
+speed = result["environment"]["copy_bandwidth_GB_per_s"] * 1e6  # bytes per millisecond
+rows = [row for row in result["rows"] if row["mechanism"] == "TPA (16, 1, 1)"]
+ax.plot(
+    [r["context"] for r in rows], [r["bytes"] / speed for r in rows], "k:", lw=1, label="reading the rank-1 factors"
+)
+ax.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="milliseconds (median)")
+ax.set_title("Decoding one token on the CPU named above, PyTorch only")
+ax.legend(fontsize=9)
+plt.show()
+
+# %% [markdown]
+# How to read it. The dotted line is the time for reading TPA's factors at the bandwidth at which the machine copies;
+# nothing can lie below it for long. The distance between it and TPA's line is the arithmetic of section 1, together with
+# PyTorch's passes over each block's table of weights. Let us see how close each one comes:
+
+# %%
+longest = max(row["context"] for row in result["rows"])
+for row in result["rows"]:
+    if row["context"] == longest:
+        share = row["bytes"] / speed / row["median_ms"]
+        print(
+            f"{row['mechanism']:15} {row['bytes'] / 1e6:8.1f} MB  {row['median_ms']:8.2f} ms  {share:4.0%} of bandwidth"
+        )
+
+# %% [markdown]
+# The mechanisms with large caches come closest to the bandwidth, and are slowest all the same: theirs is the larger
+# number of bytes. MLA and MQA read even less than TPA, and MLA pays with more arithmetic per byte (notebook 09).
+#
+# What these numbers are not. They come from one CPU, and say nothing about a GPU. The kernel of this notebook was checked
+# in the interpreter, and its speed has not been measured: the interpreter's time means nothing. On a machine with a CUDA
+# device the same command measures it beside PyTorch: `python -m tpa_minimal.bench decode --device cuda`. The paper's own
+# measurements of speed (its Sec. 6.2) are from GPUs, with ranks (16, 1, 1) and contexts from 2¹² to 2¹⁹.
+#
+# ## Exercises
+#
+# ### Exercise 10.1 · Merge any stretches (10 minutes)
+# Return the output (h, d_h) from $m$ and $s$ (stretches, h) and $y$ (stretches, h, d_h), with logits in powers of 2. A
+# stretch may be **empty**: its $m$ is $-\infty$, its $s$ and $y$ are 0. At least one is not empty.
+
+
+# %% tags=["exercise"]
+def merge(m, s, y):
+    raise NotImplementedError
+
+
+# %% tags=["solution"]
+def merge(m, s, y):
+    shrink = torch.exp2(m - m.amax(0))  # 0 for an empty stretch
+    return (shrink[..., None] * y).sum(0) / (shrink * s).sum(0)[:, None]
+
+
+# %%
+checks.ex10_1(merge)
+
+# %% [markdown]
+# ### Exercise 10.2 · The limit (10 minutes)
+# The least time in milliseconds in which one layer can decode a token for a batch of sequences, each with M cached
+# positions, if the cache (`size` bytes a number) is read at `gb_per_s` (10⁹ bytes per second) and nothing else takes time.
+
+
+# %% tags=["exercise"]
+def least_ms(batch: int, M: int, h: int, d_h: int, rank_k: int, rank_v: int, size: int, gb_per_s: float) -> float:
+    raise NotImplementedError
+
+
+# %% tags=["solution"]
+def least_ms(batch: int, M: int, h: int, d_h: int, rank_k: int, rank_v: int, size: int, gb_per_s: float) -> float:
+    return batch * M * (rank_k + rank_v) * (h + d_h) * size / (gb_per_s * 1e9) * 1000
+
+
+# %%
+checks.ex10_2(least_ms)
+
+# %% [markdown]
+# ### Exercise 10.3 · True or false? (10 minutes)
+# Replace each `...` by True or False.
+#
+# - **a** With 64 sequences in the batch, splitting the cache over stretches matters more than with one.
+# - **b** Cutting the cache into more stretches changes the result by no more than rounding.
+# - **c** If the mask's logit for positions beyond the end were 0 instead of −∞, results would change even if all factors
+#   there are loaded as 0.
+# - **d** Doubling R_Q doubles the time to decode against a long cache.
+# - **e** A program under the flat part of the roofline gets faster if its cache is stored in half the bytes and the
+#   arithmetic stays the same.
+
+
+# %% tags=["exercise"]
+def judgement():
+    raise NotImplementedError  # return {"a": ..., "b": ..., "c": ..., "d": ..., "e": ...}
+
+
+# %% tags=["solution"]
+def judgement():
+    return {"a": False, "b": True, "c": True, "d": False, "e": False}
+
+
+# %%
+checks.ex10_3(judgement)
+
+# %% [markdown]
+# ## Summary
+# - One new token reads the whole cache; the roofline tells whether bytes or arithmetic set the time.
+# - Flash decoding: each program attends to a stretch and leaves m, s and y; rescaling to the common maximum merges them
+#   exactly.
+# - In a kernel the cache is read once, where it lies; masks give −∞ to what is not there.
+# - The small query can afford three parts, so half-precision products need not cost large logits their accuracy.
+# - A fair benchmark runs everything in turns, names the machine, and shows the limit.
+#
+# **Next:** [11 · Variants](11_variants.ipynb) changes what is factorized.
