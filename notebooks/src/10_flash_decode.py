@@ -271,9 +271,7 @@ rest, total = exact_q.float(), torch.zeros_like(exact_q)
 for parts in (1, 2, 3):
     part = rest.bfloat16()
     rest, total = rest - part.float(), total + part.double()
-    print(
-        f"{parts} part{'s' * (parts > 1)}: relative error {((total - exact_q) / exact_q).abs().max().item():.0e}"
-    )
+    print(f"{parts} part{'s' * (parts > 1)}: relative error {((total - exact_q) / exact_q).abs().max().item():.0e}")
 
 # %% [markdown]
 # Three parts are as good as float32. That costs three small products in place of one, while the bytes that are read stay
