@@ -503,7 +503,7 @@ def test_the_command_trains_and_reports(tmp_path, capsys):
         r"Running on cpu \(1 threads\) in float32: about \d+ seconds for 3 steps of 32 tokens",
         r"Validation loss: \d+\.\d+ before training, \d+\.\d+ after 3 steps",
         r"Speed: 96 tokens at [\d,]+ tokens per second",
-        r"Samples, continuing the first words of held-out documents.*:\n    \[.+\]",
+        r"Samples, continuing the first words of long held-out documents.*:\n    \[.+\]",
         r"Cache of one sequence of 512 tokens, measured: 1,572,864 bytes with tpa;",
         r"8,388,608 bytes with MHA of the same 16 heads of width 32: 5.3 times as many",
     ):

@@ -348,7 +348,7 @@ class TensorProductAttention(nn.Module):
         if cache is not None:
             held = cache.append(a_k, b_k, a_v, b_v)
             if start > 0:
-                a_k, b_k, a_v, b_v = (factor.to(b_q.dtype) for factor in held)
+                a_k, b_k, a_v, b_v = held
         # 3. Attend, then concatenate the heads and mix them.
         out = self.attend(*self.restore(a_q, b_q, a_k, b_k, a_v, b_v, start), start)
         return self.out_proj(out.flatten(2))
@@ -361,7 +361,8 @@ class TensorProductAttention(nn.Module):
         """In factor space while decoding; with assembled q, k, v in training and prefill. Returns (B, T, h, d_h)."""
         if start > 0 and a_q.shape[1] <= self.max_factor_space_tokens:
             return factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, start=start)
-        return causal_attention(assemble(a_q, b_q), assemble(a_k, b_k), assemble(a_v, b_v))
+        q, k, v = assemble(a_q, b_q), assemble(a_k, b_k), assemble(a_v, b_v)
+        return causal_attention(q, k.to(q.dtype), v.to(q.dtype))  # a cache may have a dtype of its own
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -782,10 +782,12 @@ def report(result: TrainResult) -> Iterator[str]:
     yield f"Speed: {trained:,} tokens at {result.tokens_per_second:,.0f} tokens per second."
 
     model, tokenizer = result.model, result.data.tokenizer
-    held_out = result.data.val
-    starts = [0, *(np.flatnonzero(held_out[:20_000] == tokenizer.eot_token)[:2] + 1)]
-    yield "Samples, continuing the first words of held-out documents (which are in brackets):"
-    for start in starts:
+    held_out = result.data.val[:20_000]
+    ends = np.append(np.flatnonzero(held_out == tokenizer.eot_token), len(held_out))
+    starts = np.append(0, ends[:-1] + 1)
+    longest = np.argsort(starts - ends, kind="stable")[:3]
+    yield "Samples, continuing the first words of long held-out documents (which are in brackets):"
+    for start in starts[longest]:
         prompt = tokenizer.decode(held_out[start : start + 16].tolist()).split(data.END_OF_TEXT)[0]
         yield f"    [{prompt}]{generate_text(model, tokenizer, prompt)}".replace("\n", "\n    ")
 

@@ -245,7 +245,8 @@ class RotateAssembled(TensorProductAttention):
         T, M = b_q.shape[1], b_k.shape[1]
         cos, sin = self.rope(torch.arange(M, device=b_q.device), b_q.dtype)
         q = apply_rope(assemble(a_q, b_q), cos[start : start + T], sin[start : start + T])
-        return causal_attention(q, apply_rope(assemble(a_k, b_k), cos, sin), assemble(a_v, b_v))
+        k, v = apply_rope(assemble(a_k, b_k), cos, sin), assemble(a_v, b_v)
+        return causal_attention(q, k.to(q.dtype), v.to(q.dtype))
 
 
 class PartialRoPE(TensorProductAttention):
