@@ -232,6 +232,24 @@ def test_leaving_after_part_of_a_stream_exits_with_0(hub, gpt2):
 
 
 @needs_gpt2
+def test_real_text_with_the_small_tokenizer(hub, gpt2, capsys):
+    hub()
+    found = data.prepare("fineweb-edu", 20_000, tokenizer="lessons", progress=False)
+    assert (found.source, found.vocab_size, found.tokenizer.name) == ("fineweb-edu", 1024, "lessons")
+    assert "of the lessons tokenizer\n" in capsys.readouterr().out
+    again = data.prepare("auto", 20_000, tokenizer="lessons", progress=False)
+    assert again.folder == found.folder
+    gpt2 = data.prepare("fineweb-edu", 20_000, progress=False)
+    start = gpt2.tokenizer.decode(gpt2.train[:50].tolist())
+    assert found.tokenizer.decode(found.train[:500].tolist()).startswith(start)
+
+
+def test_a_tokenizer_that_does_not_exist_is_refused(cache):
+    with pytest.raises(data.DataError, match="tokenizer='gpt3': does not exist; choose one of gpt2, lessons"):
+        data.prepare("lessons", 20_000, tokenizer="gpt3", progress=False)
+
+
+@needs_gpt2
 def test_the_gpt2_tokenizer_is_the_genuine_one(gpt2):
     tokenizer = data.load_tokenizer("gpt2")
     assert tokenizer.encode_ordinary("Hello world, tensors!") == [15496, 995, 11, 11192, 669, 0]
@@ -291,7 +309,7 @@ def test_auto_decides_within_5_seconds_when_looking_up_names_hangs(monkeypatch, 
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
     started = time.monotonic()
-    source, why = data._choose(20_000)
+    source, why = data._choose(20_000, "gpt2")
     assert time.monotonic() - started < 4
     over.set()
     assert source == "lessons" and "huggingface.co does not answer within 2.5 s" in why

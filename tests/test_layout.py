@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "data": {"lessons"},
     "train": {"tpa", "baselines", "variants", "memory", "flash_decode", "convert", "data"},
     "bench": {"tpa", "baselines", "variants", "memory", "flash_decode", "convert", "data", "train"},
+    "compare": {"tpa", "baselines", "variants", "memory", "flash_decode", "convert", "data", "train", "bench"},
     "plots": {"memory"},
     "checks": {"tpa", "baselines"},
 }

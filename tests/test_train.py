@@ -355,6 +355,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         (dict(seed=1), "--seed 1: .* started with 0"),
         (dict(data="fineweb-edu"), "--data fineweb-edu: .* started with lessons"),
         (dict(dtype="bfloat16"), "--dtype bfloat16: .* started with float32"),
+        (dict(tokenizer="gpt2"), "--tokenizer gpt2: .* started with lessons"),
         (dict(changes={"n_layer": 2}), "--changes .* started with"),
     ],
 )
@@ -385,7 +386,8 @@ def test_a_folder_in_use_is_left_alone(undisturbed):
     ("changes", "message"),
     [
         (dict(preset="huge"), "--preset huge: does not exist; choose one of tiny, small-124M"),
-        (dict(attention="linear"), "--attention linear: does not exist; choose one of tpa, mha"),
+        (dict(attention="linear"), "--attention linear: does not exist; choose one of tpa, tpa-kv-only, mha"),
+        (dict(tokenizer="gpt3"), "--tokenizer gpt3: choose one of gpt2, lessons"),
         (dict(steps=0), "--steps 0: must be a whole number, 1 or more"),
         (dict(batch_size=-4), "--batch-size -4: must be"),
         (dict(accumulation=3), "--accumulation 3: must divide the 4 sequences"),
@@ -475,16 +477,22 @@ def test_text_is_generated_from_any_prompt_and_any_weights(undisturbed):
     train.generate_text(padded, tokenizer, "", 50, top_k=None)
 
 
-@pytest.mark.parametrize("attention", ["tpa", "mha", "mqa", "gqa", "mla"])
+@pytest.mark.parametrize("attention", train.ATTENTIONS)
 def test_every_attention_trains_with_the_parameters_and_the_cache_of_its_formula(attention, tmp_path):
     changes = dict(n_layer=2, d_model=32, n_head=16, d_head=8)
     result = run(tmp_path / "run", attention=attention, steps=2, changes=changes)
     layer = sum(p.numel() for p in result.model.blocks[0].attention.parameters())
     tpa = 32 * 10 * (16 + 8) + 32 * 16 * 8
-    smallest_step = {"tpa": 0, "mha": 4 * 32 * 8, "mqa": 2 * 32 * 8, "gqa": 4 * 32 * 8}.get(attention, 2 * 4 * 8 * 32)
+    smallest_step = {
+        "tpa": 0, "tpa-kv-only": 32 * (4 + 2 * 8), "mha": 4 * 32 * 8, "mqa": 2 * 32 * 8, "gqa": 4 * 32 * 8,
+        "mla": 2 * 4 * 8 * 32,
+    }[attention]  # fmt: skip
     assert abs(layer - tpa) <= smallest_step
     h = result.model.config.n_head
-    per_token = {"tpa": 4 * (16 + 8), "mha": 2 * h * 8, "mqa": 2 * 8, "gqa": 2 * 2 * 8, "mla": 4 * 8 + 4}[attention]
+    per_token = {
+        "tpa": 4 * (16 + 8), "tpa-kv-only": 4 * (h + 8), "mha": 2 * h * 8, "mqa": 2 * 8, "gqa": 2 * 2 * 8,
+        "mla": 4 * 8 + 4,
+    }[attention]  # fmt: skip
     assert train.measure_caches(result.model, 50) == (50 * 2 * 4 * per_token, 50 * 2 * 4 * 2 * h * 8)
 
 

@@ -39,6 +39,7 @@ VALIDATION_SHARE = 0.08  # of the documents, by a hash of their text
 LEAST_TOKENS = 1000
 SUFFIXES = (".parquet", ".jsonl", ".txt")
 SPLITS = ("train", "val")
+TOKENIZERS = ("gpt2", "lessons")
 
 ATTEMPTS, PATIENCE = 4, 60.0  # reading from the hub is tried this often, and not again after so many seconds
 
@@ -151,36 +152,44 @@ def _short(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------------- preparing
 
 
-def prepare(source: str | Path = "auto", tokens: int = 2_000_000, *, seed: int = 0, progress: bool = True) -> TokenData:
+def prepare(
+    source: str | Path = "auto",
+    tokens: int = 2_000_000,
+    *,
+    tokenizer: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> TokenData:
     """Tokenize documents until there are `tokens` tokens, training and validation together, or reuse the shards.
 
     source: "fineweb-edu" (streamed from the Hugging Face Hub), "lessons" (built in; `seed` chooses which), the path
     of a .parquet, .jsonl or .txt file or of a folder of them, or "auto": FineWeb-Edu where the hub can be reached,
-    otherwise the lessons. Says in one line which is in use. The shards appear whole or not at all. Raises DataError.
+    otherwise the lessons. tokenizer: "gpt2" or "lessons"; by default gpt2 for real text where it can be had, otherwise
+    the lessons' own. Says in one line what is in use. The shards appear whole or not at all. Raises DataError.
     """
+    if tokenizer not in (None, *TOKENIZERS):
+        raise DataError(f"tokenizer={tokenizer!r}: does not exist; choose one of {', '.join(TOKENIZERS)}")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < LEAST_TOKENS:
         raise DataError(f"tokens={tokens!r}: must be a whole number, {LEAST_TOKENS} or more")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise DataError(f"seed={seed!r}: must be a whole number, 0 or more")
     why = ""
     if source == "auto":
-        source, why = _choose(tokens)
+        source, why = _choose(tokens, tokenizer or "gpt2")
     if source == "fineweb-edu":
-        documents, identity, name = _hub_documents, _hub_identity(), "gpt2"
+        documents, identity, name = _hub_documents, _hub_identity(), tokenizer or "gpt2"
     elif source == "lessons":
-        documents, name = functools.partial(_lesson_documents, seed), "lessons"
+        documents, name = functools.partial(_lesson_documents, seed), tokenizer or "lessons"
         identity = {"source": "lessons", "version": lessons.VERSION, "seed": seed}
     else:
         files = _local_files(Path(source))
         documents = functools.partial(_local_documents, files)
         stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         identity = {"source": str(Path(source).resolve()), "files": stats}
-        name = "gpt2"
-        if problem := _gpt2_problem(seconds=3):
+        name = tokenizer or "gpt2"
+        if tokenizer is None and (problem := _gpt2_problem(seconds=3)):
             name, why = "lessons", f"; no gpt2 tokenizer, since {problem}"
-    if name == "lessons":
-        identity["vocabulary"] = _sha256(lessons.TOKENIZER_FILE)
-    request = {**identity, "tokens": tokens, "tokenizer": name}
+    request = _request(identity, tokens, name)
     folder = _folder(request)
     if folder.exists():
         data, how = load(folder), ", from the cache"
@@ -197,12 +206,19 @@ def prepare(source: str | Path = "auto", tokens: int = 2_000_000, *, seed: int =
     return data
 
 
-def _choose(tokens: int) -> tuple[str, str]:
+def _choose(tokens: int, tokenizer: str) -> tuple[str, str]:
     """What "auto" means here and now, and the reason if it is the lessons. With no network, in under 3 seconds."""
-    if _gpt2_cached() and _folder({**_hub_identity(), "tokens": tokens, "tokenizer": "gpt2"}).exists():
+    own = tokenizer == "lessons"
+    if (own or _gpt2_cached()) and _folder(_request(_hub_identity(), tokens, tokenizer)).exists():
         return "fineweb-edu", ""
-    problem = _hub_problem(seconds=2.5) or _gpt2_problem(seconds=2)
+    problem = _hub_problem(seconds=2.5) or (None if own else _gpt2_problem(seconds=2))
     return ("lessons", f"; not FineWeb-Edu, since {problem}") if problem else ("fineweb-edu", "")
+
+
+def _request(identity: dict, tokens: int, tokenizer: str) -> dict:
+    """All that the shards depend on."""
+    vocabulary = {"vocabulary": _sha256(lessons.TOKENIZER_FILE)} if tokenizer == "lessons" else {}
+    return {**identity, **vocabulary, "tokens": tokens, "tokenizer": tokenizer}
 
 
 def cache_folder() -> Path:

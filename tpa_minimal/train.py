@@ -49,12 +49,14 @@ from tpa_minimal import data
 from tpa_minimal.baselines import MultiHeadAttention, MultiHeadLatentAttention
 from tpa_minimal.memory import Layer, match_heads
 from tpa_minimal.tpa import T6, Cache, T6Config, TensorProductAttention
+from tpa_minimal.variants import KeyValueOnly
 
 # ------------------------------------------------------------------------------------------------- what to train
 
 # The layers to choose from, by `memory.py`'s names for them.
 ATTENTIONS: dict[str, Callable[[T6Config], nn.Module]] = {
     "tpa": TensorProductAttention,
+    "tpa-kv-only": KeyValueOnly,
     "mha": MultiHeadAttention,
     "mqa": functools.partial(MultiHeadAttention, n_kv_head=1),
     "gqa": functools.partial(MultiHeadAttention, n_kv_head=2),
@@ -85,6 +87,10 @@ class TrainError(RuntimeError):
     """A run that cannot go on; its last checkpoint is intact."""
 
 
+class DivergedError(TrainError):
+    """A loss that is not finite."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. None stands for the run's own value on resuming, else for the preset's (see DEFAULTS).
@@ -98,6 +104,7 @@ class TrainConfig:
     out: str | Path | None = None  # runs/PRESET-ATTENTION
     data: str | None = None  # "auto", "fineweb-edu", "lessons" or the path of files
     tokens: int | None = None
+    tokenizer: str | None = None  # "gpt2" or "lessons"; what `data.prepare` takes for the source
     preset: str | None = None  # "tiny"
     attention: str | None = None  # "tpa"
     steps: int | None = None
@@ -154,6 +161,8 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
         value = chosen.get(name, 1)
         if not isinstance(value, int) or value < 1:
             raise SettingError(f"--{name.replace('_', '-')} {value}: must be a whole number, 1 or more")
+    if chosen.get("tokenizer") not in (None, *data.TOKENIZERS):
+        raise SettingError(f"--tokenizer {chosen['tokenizer']}: choose one of {', '.join(data.TOKENIZERS)}")
     if not 0 <= chosen["seed"] < 2**63:
         raise SettingError(f"--seed {chosen['seed']}: must be 0 or more, and below 2^63")
     if not 0 < chosen["lr"] < math.inf:
@@ -188,8 +197,8 @@ def equal_parameters(attention: str, config: T6Config) -> T6Config:
         return config
     ranks = {name: getattr(config, name) for name in ("rank_q", "rank_k", "rank_v")}
     parameters = Layer("tpa", config.d_model, config.n_head, config.d_head, **ranks).parameters
-    groups = {"n_kv_head": 2} if attention == "gqa" else {}
-    return replace(config, n_head=match_heads(attention, parameters, config.d_model, config.d_head, **groups))
+    sizes = {"gqa": {"n_kv_head": 2}, "tpa-kv-only": ranks}.get(attention, {})
+    return replace(config, n_head=match_heads(attention, parameters, config.d_model, config.d_head, **sizes))
 
 
 def build_model(settings: TrainConfig, vocab_size: int) -> T6:
@@ -603,10 +612,12 @@ def _train(settings: TrainConfig, checkpoint: Path | None, processes: _Processes
     for turn in (True, False):
         if first == turn:
             with contextlib.nullcontext() if first else contextlib.redirect_stdout(None):
-                token_data = data.prepare(settings.data, settings.tokens, progress=progress)
+                token_data = data.prepare(
+                    settings.data, settings.tokens, tokenizer=settings.tokenizer, progress=progress
+                )
         processes.sum([0.0])
-    if settings.data == "auto":
-        settings = replace(settings, data=token_data.source)
+    source = token_data.source if settings.data == "auto" else settings.data
+    settings = replace(settings, data=source, tokenizer=token_data.tokenizer.name)
     _check_data(token_data, state, settings)
 
     # 2. Model and optimizer.
@@ -641,7 +652,7 @@ def _train(settings: TrainConfig, checkpoint: Path | None, processes: _Processes
     if remaining:
         seconds = _expected_seconds(losses, optimizer, remaining)
         log(
-            f"Running on {where} in {settings.dtype}: about {_duration(seconds)} for {remaining:,} steps of "
+            f"Running on {where} in {settings.dtype}: about {duration(seconds)} for {remaining:,} steps of "
             f"{tokens_per_step:,} tokens" + (f", each in {parts} parts" if parts > 1 else "") + "."
         )
     else:
@@ -674,7 +685,7 @@ def _train(settings: TrainConfig, checkpoint: Path | None, processes: _Processes
                     row["val_loss"] = validation
                 for name in ("train_loss", "val_loss"):
                     if not math.isfinite(row.get(name, 0.0)):
-                        raise TrainError(
+                        raise DivergedError(
                             f"{name} is {row[name]} at step {step}: --lr {settings.lr} is probably too high; "
                             f"start again with a lower one and another --out"
                         )
@@ -763,7 +774,8 @@ def _expected_seconds(losses: _Losses, optimizer: torch.optim.Optimizer, steps: 
     return seconds * steps * (1.05 + evaluated)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words, in the largest unit of which there are two."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
@@ -819,6 +831,7 @@ def _parser() -> argparse.ArgumentParser:
 
     option("--data", str, "auto, fineweb-edu, lessons, or a file or folder of parquet, JSON lines or text", "SOURCE")
     option("--tokens", int, f"tokens of text to prepare ({tiny['tokens']:,} for tiny)")
+    option("--tokenizer", str, f"{', '.join(data.TOKENIZERS)} (gpt2 for real text, lessons for the lessons)", "NAME")
     option("--preset", str, f"size of the model and its training: {', '.join(DEFAULTS)} (tiny)", "NAME")
     option("--attention", str, f"{', '.join(ATTENTIONS)} (tpa); all have TPA's number of parameters per layer", "NAME")
     option("--steps", int, f"updates of the weights ({tiny['steps']} for tiny)")
