@@ -239,9 +239,8 @@ def test_real_text_with_the_small_tokenizer(hub, gpt2, capsys):
     assert "of the lessons tokenizer\n" in capsys.readouterr().out
     again = data.prepare("auto", 20_000, tokenizer="lessons", progress=False)
     assert again.folder == found.folder
-    gpt2 = data.prepare("fineweb-edu", 20_000, progress=False)
-    start = gpt2.tokenizer.decode(gpt2.train[:50].tolist())
-    assert found.tokenizer.decode(found.train[:500].tolist()).startswith(start)
+    texts = found.tokenizer.decode(found.train.tolist()).split(data.END_OF_TEXT)
+    assert len(texts) > 2 and texts[0] in set(excerpt_texts())
 
 
 def test_a_tokenizer_that_does_not_exist_is_refused(cache):
