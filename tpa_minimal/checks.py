@@ -91,6 +91,9 @@ def judge_choices(got, key: dict, reasons: dict) -> None:
     for case, right in key.items():
         if got[case] is ...:
             raise WrongAnswer(f"case {case} is still open")
+        if isinstance(got[case], str):
+            kind = "True or False" if isinstance(right, bool) else "a number"
+            raise WrongAnswer(f"case {case}: give {kind}, not the str {got[case]!r}")
         if isinstance(got[case], bool) != isinstance(right, bool) or got[case] != right:
             raise WrongAnswer(f"case {case}: not {got[case]}. {reasons[case]}")
 
@@ -366,12 +369,14 @@ def _close(x, y) -> bool:
     return x.shape == y.shape and torch.allclose(x, y.to(x.dtype), rtol=1e-6, atol=1e-9)
 
 
-def _tensor(answer, shape) -> torch.Tensor:
+def _tensor(answer, shape, name="the result") -> torch.Tensor:
     """The reader's answer, if it is a tensor of the shape asked for."""
     if not isinstance(answer, torch.Tensor):
-        raise WrongAnswer(f"return a tensor of shape {tuple(shape)}; yours is a {type(answer).__name__}")
+        raise WrongAnswer(
+            f"return a tensor of shape {tuple(shape)} for {name}; yours is of type {type(answer).__name__}"
+        )
     if answer.shape != shape:
-        raise WrongAnswer(f"the result must have shape {tuple(shape)}; yours has {tuple(answer.shape)}")
+        raise WrongAnswer(f"{name} must have shape {tuple(shape)}; yours has {tuple(answer.shape)}")
     return answer
 
 
@@ -410,7 +415,15 @@ def ex03_2(attempt):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 3, 8, generator=generator, dtype=torch.float64)
     cos, sin = rope_tables(torch.arange(1, 6), 8, 100.0, torch.float64)
-    y = _tensor(attempt(x.clone(), cos, sin), x.shape)
+    try:
+        y = attempt(x.clone(), cos, sin)
+    except RuntimeError as error:
+        if "must match the size" not in str(error):
+            raise
+        raise WrongAnswer(
+            f"your code raised RuntimeError: {error}. Probably the tables need an axis for `any`: cos[:, None]"
+        ) from error
+    y = _tensor(y, x.shape)
     right = _interleaved(x, cos, sin)
     if _close(y, torch.stack(right, dim=-1).flatten(-2)):
         return
@@ -466,6 +479,8 @@ def ex03_3(attempt):
             )
         if base != 10000.0 and _close(y, apply_rope(b_k, *rope_tables(torch.tensor([-by]), 8, 1e4, torch.float64))):
             raise WrongAnswer("use the base that is handed in, not 10000")
+        if torch.allclose(y.double(), at(held - by), rtol=0, atol=1e-5):
+            raise WrongAnswer("nearly right, off by rounding: build the tables in b_k.dtype")
         if not _close(y.norm(dim=-1), b_k.norm(dim=-1)):
             raise WrongAnswer(
                 "lengths change, so this is not a rotation: use apply_rope with the tables of one position"
@@ -548,7 +563,10 @@ def ex04_1(attempt):
         a = attempt(list(reads))
         if isinstance(a, torch.Tensor) and a.shape == (h, R) and R != h:
             raise WrongAnswer(f"A has one row per rank: shape (R, h) = ({R}, {h}); yours is the transpose, ({h}, {R})")
-        a = _tensor(a, (R, h)).double()
+        a = _tensor(a, (R, h), "A")
+        if not a.is_floating_point():
+            raise WrongAnswer(f"A must be a float tensor, as the keys that it multiplies are; yours is {a.dtype}")
+        a = a.double()
         b = torch.randn(R, 8, generator=generator, dtype=torch.float64)
         got, asked = assemble(a, b), b[reads]
         if _close(got, asked):
@@ -577,7 +595,7 @@ def ex04_2(attempt):
     def largest(h, budget):
         return max((G for G in range(1, h + 1) if h % G == 0 and budget(G)), default=0)
 
-    for h, d, R in ((32, 128, 2), (36, 64, 2), (64, 128, 1), (64, 64, 2), (12, 64, 3), (8, 128, 12)):
+    for h, d, R in ((32, 128, 2), (36, 64, 2), (64, 128, 1), (64, 64, 2), (12, 64, 3), (8, 128, 12), (34, 64, 2)):
         G, truth = attempt(h, d, R), largest(h, lambda G: G * d <= R * (h + d))  # noqa: B023
         if G == truth:
             continue
@@ -603,10 +621,14 @@ def ex04_3(attempt):
     if not isinstance(answer, tuple | list) or len(answer) != 2:
         raise WrongAnswer("return two tensors, W_a and W_b")
     W_a, W_b = answer
+    if [getattr(W, "shape", None) for W in answer] == [(8, 20), (4, 20)]:
+        raise WrongAnswer(
+            "W_a must have shape (4, 20), yours has (8, 20), and W_b (8, 20): returned in the other order?"
+        )
     for name, W, shape in (("W_a", W_a, (4, 20)), ("W_b", W_b, (8, 20))):
         if isinstance(W, torch.Tensor) and W.shape == shape[::-1]:
             raise WrongAnswer(f"{name} has shape {tuple(W.shape)}, the transpose of {shape}: a = W x, with x a column")
-        _tensor(W, shape)
+        _tensor(W, shape, name)
     for speaker in range(4):
         for topic in range(8):
             for word in reversed(range(8)):  # so that a word cannot pass for its topic at the first token
@@ -661,6 +683,7 @@ def ex04_4(attempt):
     hints = {
         ("contextual A", "fixed A"): "one token's rank is small in both; put many tokens side by side, "
         "h × (T · d_h): with constants the rank stays, with contextual factors it grows",
+        ("contextual A", "MQA"): "rank 1 means that rows are multiples of one another; MQA's are *equal*",
         ("contextual A", "MHA"): "together they use all head patterns, as MHA's do, but one token is of low rank",
         ("fixed A", "GQA"): "the rank is the same as GQA's, but no two heads have equal keys",
         ("GQA", "fixed A"): "its constants are masks: heads of one group have equal keys, so count the different rows",

@@ -36,7 +36,7 @@ class T6Config:
     n_head * d_head need not equal d_model. `d_ff` is the hidden width of SwiGLU, ⌊8/3 · d_model⌋ if not given.
     `init` chooses the bound of the uniform initialization of the factor weights: "paper" is Xavier as App. G
     states it, "authors" is what their code computes by applying Xavier to a three-dimensional view of each weight
-    (3 to 5 times smaller for the feature factors; neither is a mistake as far as the loss can tell).
+    (smaller: feature factors about 4 times at "tiny" and 7 times at the paper's sizes, head factors 1.3 to 2.2 times).
     Raises ValueError for a value that cannot work.
     """
 

@@ -50,9 +50,9 @@ print(q.shape, k.shape, v.shape)
 # %% [markdown]
 # A query asks, a key answers how relevant its token is, and the value is what gets handed over. For head `h`, the
 # **logit** of query `t` against key `s` is their inner product divided by $\sqrt{d_h}$, so that it does not grow with
-# the width. A softmax over `s` turns the logits of one query into weights that sum to one:
+# the width. A softmax over the allowed `s` turns the logits of one query into weights that sum to one:
 #
-# $$\alpha_{h,t,s} = \operatorname{softmax}_s \frac{q_{t,h} \cdot k_{s,h}}{\sqrt{d_h}}, \qquad
+# $$\alpha_{h,t,s} = \operatorname{softmax}_{s \le t} \frac{q_{t,h} \cdot k_{s,h}}{\sqrt{d_h}}, \qquad
 # o_{t,h} = \sum_{s \le t} \alpha_{h,t,s}\, v_{s,h}.$$
 #
 # In words: each head of token `t` receives a weighted mean of the values of the tokens up to `t`. The condition
@@ -62,7 +62,10 @@ print(q.shape, k.shape, v.shape)
 
 # %%
 def attend(q, k, v):
-    """Causal softmax attention: q, k, v are (T, h, d_h), the result too. One query alone may see every key."""
+    """Causal softmax attention. q: (T, h, d_h); k, v: (M, h, d_h), M = T or T = 1 -> (T, h, d_h).
+
+    One query alone may see every key.
+    """
     logits = torch.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[-1])  # (h, T, M)
     if len(q) > 1:
         ahead = torch.ones(len(q), len(k), dtype=torch.bool).triu(1)  # keys that lie in the query's future
@@ -100,8 +103,8 @@ class MHA(nn.Module):
 
 # %% [markdown]
 # Our test object is a language model with nothing but attention in it: an embedding, a few MHA layers, an output
-# matrix. Its weights are random, so what it writes is nonsense. That does not matter here: time and memory depend on
-# shapes, not on what the weights have learned.
+# matrix. (`rms_norm` scales each vector to mean square 1.) Its weights are random, so what it writes is nonsense. That
+# does not matter here: time and memory depend on shapes, not on what the weights have learned.
 
 
 # %%
@@ -248,7 +251,7 @@ for seconds, line, name in ((slow_seconds, "-", "recompute everything"), (fast_s
     place = torch.arange(len(smooth)) + len(prompt) + 16
     ax.plot(place, smooth, line, label=name)
 ax.set(xlabel="tokens so far", ylabel="time for one more token (ms)", ylim=(0, None))
-ax.set_title("Without a cache, each new token costs more than the one before")
+ax.set_title("Without a cache, the cost of a new token climbs with the length")
 ax.legend(frameon=False)
 plt.show()
 
@@ -292,7 +295,7 @@ fig, ax = plt.subplots()
 ax.plot(tokens_seen, measured, "o", label="measured: bytes of the cached tensors")
 ax.plot([0, 320], [0, 2 * 8 * 32 * 3 * 4 * 320 / 2**20], "--", color="black", label="formula: 6 KiB per token")
 ax.set(xlabel="tokens in the cache", ylabel="cache (MiB)")
-ax.set_title("The cache grows in a straight line, for ever")
+ax.set_title("The cache grows in a straight line")
 ax.legend(frameon=False)
 plt.show()
 
@@ -377,19 +380,19 @@ plt.show()
 # in place of $2 h d_h$.
 #
 # What is given up: heads of one group look at tokens through the same key. They are *not* identical, since their
-# queries differ: each asks its own question, but of the same answer sheet. And they hand over the same value vector,
-# only weighted differently. Models with many heads can bear that: Llama 3.1 8B and 70B use 8 key heads for 32 and 64
+# queries differ: each asks its own question, but of the same answer sheet. And they average the same value vectors,
+# only with different weights. Models with many heads can bear that: Llama 3.1 8B and 70B use 8 key heads for 32 and 64
 # query heads.
 
 # %% [markdown]
 # ### MLA: a compressed note, from which keys are rebuilt
 #
 # **Multi-head latent attention** (MLA, from DeepSeek-V2) keeps all heads, but caches neither keys nor values. It caches
-# one **latent** vector $c_t = W_c x_t$ of width $d_c$, much smaller than $2 h d_h$, and makes keys and values of all
+# one **latent** vector $c_t = x_t W_c$ of width $d_c$, much smaller than $2 h d_h$, and makes keys and values of all
 # heads from it by two fixed *up-projections*:
 
 # %%
-d_latent, heads, width = 32, 8, 16
+d_latent, heads, width = 24, 8, 16
 x = torch.randn(50, 64, dtype=torch.float64)
 W_c = torch.randn(64, d_latent, dtype=torch.float64) / 8
 up_k = torch.randn(d_latent, heads, width, dtype=torch.float64) / math.sqrt(d_latent)
@@ -446,7 +449,8 @@ for name, keys in (("MHA", k_all), ("GQA", k_gqa), ("MQA", k_mqa), ("MLA", k_mla
 #
 # What does this weigh in a model of the paper's small size? All rows have about equally many attention parameters:
 # mechanisms with smaller key and value projections get more heads for it, which is why the number of heads differs
-# (paper, App. H).
+# (paper, App. H; MLA, whose compression has projections of its own, keeps 12). TPA's number is $(R_K + R_V)(h + d_h)$;
+# notebook 02 derives it.
 
 # %% claim="table-1-cache-small"
 d_head = 64
@@ -463,7 +467,7 @@ ax.bar_label(bars, padding=4, fmt="{:,.0f}")
 ax.set(xlabel="numbers cached per token and layer", xlim=(0, 1800))
 ax.invert_yaxis()
 ax.grid(axis="y", visible=False)
-ax.set_title("All four answers cache 4 to 12 times less than MHA")
+ax.set_title("MQA, GQA, MLA and TPA cache 3.9 to 12 times less than MHA")
 plt.show()
 
 # %% [markdown]
@@ -472,8 +476,8 @@ plt.show()
 # nine benchmarks (zero-shot; its Sec. 6) of 46.19 for MHA, 46.20 for MLA, 46.21 for TPA, 45.14 for MQA and 45.04 for
 # GQA: the first three tie within any plausible noise (single runs, no error bars), and the two that share fixed heads
 # are about a point behind. At the medium size even that order changes: MQA 50.44, GQA 50.35, MLA 50.13, MHA 50.11, and
-# TPA ahead with 51.41. Where TPA's factor of ten and more comes from (rank 1, many and wide heads) is a matter of
-# notebook 09.
+# TPA ahead with 51.41. The paper also advertises cache savings of ten times and more; where those come from (rank 1,
+# many and wide heads) is a matter of notebook 09.
 
 # %% [markdown]
 # ## Exercises

@@ -43,9 +43,10 @@ _ = torch.manual_seed(0)
 #
 # We want to see real ones. "Real" must be said with care: we train a small MHA model here and now, for some seconds, on
 # the short lessons that this package can always make. It is a language model that has learned something, but a tiny
-# one. What we see in it need not hold for large models, and we shall draw no conclusion that depends on it.
+# one. What we see in it need not hold for large models, so every conclusion from it is about *this* model.
 #
-# The trunk of the model, `T6`, is built in notebook 07; today we only use it.
+# Its trunk, `T6`, and `rms_norm` (RMSNorm, which scales each vector to mean square 1) are built in notebook 07; today
+# we only use them.
 
 # %%
 from tpa_minimal.baselines import MultiHeadAttention
@@ -176,7 +177,7 @@ for ax, R in zip(axes.flat, (8, 1, 2, 4)):
     ax.imshow((u[:, :R] * s[:R]) @ vh[:R], cmap="cividis", vmin=keys[20].min(), vmax=keys[20].max())
     ax.set_title("the token's keys, rank 8" if R == 8 else f"best fit of rank {R}: {R * 24} numbers")
     ax.grid(False)
-fig.suptitle("A few outer products catch the large features only", x=0.02, ha="left", fontsize=12)
+fig.suptitle("Each further outer product brings back more of the keys", x=0.02, ha="left", fontsize=12)
 fig.supxlabel("feature", fontsize=10.5)
 fig.supylabel("head", fontsize=10.5)
 plt.show()
@@ -206,7 +207,7 @@ plt.show()
 
 # %% [markdown]
 # A sobering picture, and worth a pause. A trained MHA model has been given no reason to keep its keys low-rank, and
-# ours does not. Even the best rank-2 fit of each single token's keys misses well over half of their length.
+# ours does not. Even the best rank-2 fit of each single token's keys has a relative error of about two thirds.
 #
 # Does that matter to the model? Let us cut its keys *and* values to rank $R$, in both layers, and look at the loss on
 # held-out text.
@@ -229,8 +230,9 @@ for R in (1, 2, 3, 4, 6, 8):
 print({R: round(loss, 2) for R, loss in cut_loss.items()}, " uncut:", round(mha_loss, 2))
 
 # %% [markdown]
-# At full rank nothing is lost, and at rank 1 or 2 a good deal is. **So TPA is not a way to compress a trained MHA.**
-# The SVD gives the vocabulary (factors, rank, fit), not the justification.
+# At full rank nothing is lost, and at rank 1 or 2 a good deal is. **So TPA is not meant as a way to compress a trained
+# MHA**, and for this one it would be a poor way. The SVD gives the vocabulary (factors, rank, fit), not the
+# justification.
 #
 # TPA's proposal is another one: make the low rank part of the *model*, so that training can arrange itself with it.
 # Nobody needs $K_t$ to be close to what some MHA would have computed; the loss needs to be low.
@@ -250,7 +252,8 @@ print({R: round(loss, 2) for R, loss in cut_loss.items()}, " uncut:", round(mha_
 #
 # with keys and values likewise, by their own maps and ranks $R_K$ and $R_V$. In words: *the token itself decides which
 # heads get which features*. We keep the factors rank-major, as the paper does: $A$ with one row per $a_r$ is
-# $R \times h$, $B$ is $R \times d_h$.
+# $R \times h$, $B$ is $R \times d_h$. (In shape comments `B` is the batch; in formulas and code it is the matrix of
+# feature factors.)
 
 # %%
 rank = 2
@@ -312,17 +315,18 @@ plt.show()
 # %% [markdown]
 # Trained within rank 2, the model does better than an MHA cut to rank 2 afterwards, from the same number of steps and
 # with somewhat fewer weights. Take it as an illustration, not as evidence: it is a toy run of seconds. With three seeds
-# TPA was ahead by 0.06 to 0.10 nats; with 120 steps in place of 150 the two were level. And TPA does *not* reach the
-# uncut MHA here, which caches 2.7 times as much. The paper's comparison at 124M parameters and 50 billion tokens, with
-# as many *parameters* on both sides, ends in a tie (46.19 for MHA, 46.21 for TPA; single runs).
+# TPA was ahead by 0.06 to 0.10 nats; with 120 steps in place of 150 and a slightly lower learning rate the two were
+# level. And TPA does *not* reach the uncut MHA here, which caches 2.7 times as much. The paper's comparison at 124M
+# parameters and 50 billion tokens, with as many *parameters* on both sides, ends in a tie (46.19 for MHA, 46.21 for
+# TPA; single runs).
 
 # %% [markdown]
 # ## 5 · Contextual is not static: LoRA, MLA, and fixed factors
 #
 # "Low rank" appears in several methods, and they are easily mixed up. **LoRA** fine-tunes a weight matrix by adding a
-# product of two thin ones, $W + U V$. Its factors $U$ and $V$ are *weights*: the same for all tokens. What is short
-# there is the list of trained parameters. Does it make a token's key matrix low-rank? Let us ask, with 200 tokens of
-# width 64:
+# product of two thin ones (here of rank 2), $W + U V$. Its factors $U$ and $V$ are *weights*: the same for all tokens.
+# What is short there is the list of trained parameters. Does it make a token's key matrix low-rank? Let us ask, with
+# 200 tokens of width 64:
 
 # %% tags=["nbval-check-output"] claim="contextual-vs-static"
 xs = torch.randn(200, 64, dtype=torch.float64)
@@ -331,7 +335,7 @@ U, V = torch.randn(64, 2, dtype=torch.float64), torch.randn(2, n_head * d_head, 
 A = (xs @ torch.randn(64, 2 * n_head, dtype=torch.float64)).unflatten(-1, (2, n_head))
 B = (xs @ torch.randn(64, 2 * d_head, dtype=torch.float64)).unflatten(-1, (2, d_head))
 stacks = {"full W": xs @ W, "LoRA: W + UV": xs @ (W + U @ V), "UV alone": xs @ U @ V, "TPA": assemble(A, B).flatten(1)}
-print("rank 2 in         one token's K    K of 200 tokens, stacked")
+print("rank of           one token's K    K of 200 tokens, stacked")
 for name, stack in stacks.items():
     one = torch.linalg.matrix_rank(stack[0].view(n_head, d_head))
     print(f"{name:14}  {int(one):15d} {int(torch.linalg.matrix_rank(stack)):26d}")
@@ -359,15 +363,16 @@ print(f"one fixed 48-dimensional space, as MLA's (48): error {(flat[48:].sum() /
 # %% [markdown]
 # Own factors for each token fit a little better than head factors that are fixed for all; the paper calls the latter
 # *non-contextual A*, trains it too and finds it weaker (small size, zero-shot: 45.03 against 46.21). But by far the
-# best fit of *this* MHA's keys is a fixed subspace across all heads: they are linear in $x_t$, which suits it. Whoever
-# wants to convert a trained MHA has a reason to look at MLA first. TPA is meant to be trained as TPA.
+# best fit of *this* MHA's keys is a fixed subspace across all heads. That suits them: they are linear in $x_t$, which
+# has 96 entries, so all keys lie in 96 dimensions, and 48 are half of what is possible. Whoever wants to convert *this*
+# MHA would look at MLA first. TPA is meant to be trained as TPA.
 
 # %% [markdown]
 # ## 6 · The configuration, and the parameters counted
 #
 # All sizes of a model live in one immutable object that says no to what cannot work: a mistake in a size is cheapest to
 # find before the model exists. Note that `n_head * d_head` need **not** equal `d_model`: TPA often has many more heads
-# than MHA could pay for.
+# than MHA could pay for. (SwiGLU, whose width is `d_ff`, is the feed-forward part of a block: notebook 07.)
 
 # %% tags=["tpa"]
 # {{tpa: T6Config}}
@@ -406,8 +411,8 @@ print(f"factors {factors:,} + output {output:,} = {factors + output:,};  MHA wit
 # A product of two random factors is a touchy thing. Let us follow the variance from the weights to the logits, for a
 # hidden state whose entries have mean square 1 (it comes out of an RMSNorm).
 #
-# **Weights.** Uniform on $(-\beta, \beta)$, which has variance $\beta^2/3$. Xavier's rule sets
-# $\beta = \sqrt{6 / (n_\text{in} + n_\text{out})}$.
+# **Weights.** Uniform on $(-\beta, \beta)$, which has variance $\beta^2/3$. Xavier's rule, meant to keep variances
+# alike from layer to layer, sets $\beta = \sqrt{6 / (n_\text{in} + n_\text{out})}$.
 #
 # **Factors.** An entry of $a$ sums `d_model` products of a weight and an entry of $x$, so
 # $\operatorname{var} a = d_\text{model}\, \beta_a^2 / 3$. The same for $b$, with its own $\beta_b$.
@@ -437,8 +442,8 @@ for name, shape in (("a", (d_model, h, R)), ("b", (d_model, R, d_h))):
     )
 
 # %% [markdown]
-# We offer both, the paper's formula being the default. Neither is a mistake as far as training is concerned: a smaller
-# start is a choice that many models make. One only has to know which one runs.
+# We offer both, the paper's formula being the default. A smaller start is a choice that many models make; one only has
+# to know which one runs.
 
 # %% tags=["tpa"]
 # {{tpa: factor_bound}}
@@ -457,7 +462,7 @@ for init in ("paper", "authors"):
 # ### Measured in the real layer
 #
 # The paper's small size, 256 random tokens: the standard deviation of $q \cdot k / \sqrt{d_h}$ with either
-# initialization, and with the two divisions by $R$ left out.
+# initialization, each also with the two divisions by $R$ left out.
 
 
 # %%
@@ -472,9 +477,9 @@ def logits_at_the_start(init):
 
 # %%
 start = {"authors' code": logits_at_the_start("authors"), "paper, App. G": logits_at_the_start("paper")}
-start["App. G without 1/R"] = start["paper, App. G"] * 6 * 2  # R_Q for the queries, R_K for the keys
+start |= {f"{name}, without 1/R": logits * 6 * 2 for name, logits in start.items()}  # R_Q for queries, R_K for keys
 for name, logits in start.items():
-    print(f"{name:20} standard deviation of the logits {logits.std():.3f}")
+    print(f"{name:27} standard deviation of the logits {logits.std():.3f}")
 
 # %% [markdown]
 # What does that mean for attention? Sort the weights that a query gives to 256 keys from the largest to the smallest,
@@ -482,19 +487,20 @@ for name, logits in start.items():
 
 # %%
 fig, ax = plt.subplots()
-for (name, logits), line in zip(start.items(), ("-", "--", "-.")):
+for (name, logits), line in zip(start.items(), ("-", "--", ":", "-.")):
     weights = logits.softmax(-1).sort(-1, descending=True).values.mean((0, 1))  # (256,)
     ax.loglog(range(1, 257), weights, line, label=name)
 ax.set(xlabel="keys, from the most to the least attended", ylabel="attention weight", ylim=(1e-5, 1.5))
-ax.set_title("Without 1/R, attention is decided before training begins")
+ax.set_title("With App. G's bounds and no 1/R, attention is decided before training")
 ax.legend(frameon=False, loc="lower left")
 plt.show()
 
 # %% [markdown]
-# With the authors' start every key gets 1/256: attention begins as a plain average. With the paper's formula it leans
-# gently. Without $1/R$ a single key takes most of the weight, by chance, and a softmax that is nearly one-hot passes
-# hardly any gradient to the others. That is one reason for the $1/R$. Another comes in notebook 04: with it, MHA is
-# *exactly* a TPA.
+# With the authors' start every key gets about 1/256, with the $1/R$ or without: attention begins as a plain average.
+# With the paper's formula it leans, but no key dominates. Leave the $1/R$ out there, and a single key takes most of the
+# weight, by chance; a softmax that is nearly one-hot passes hardly any gradient to the others. So with App. G's bounds
+# this is a reason for the $1/R$, and with the authors' start it is none. The division costs no generality: in notebook
+# 04 MHA is exactly a TPA, its constants simply undo the $1/R$.
 
 # %% [markdown]
 # ## Exercises

@@ -20,7 +20,7 @@
 # (filled in by notebooks/build.py)
 
 # %% [markdown]
-# ## Attention cannot count
+# ## 1 · Attention cannot count
 #
 # Take a query and a set of keys and values, and shuffle the keys together with their values.
 # The logits are shuffled in the same way, softmax does not mind, and the weighted sum is the same sum.
@@ -47,8 +47,9 @@ assert_close(in_order, shuffled)
 print("keys taken in the order", order.tolist(), "give the same output")
 
 # %% [markdown]
-# So "dog bites man" and "man bites dog" look the same to the last token. The position must be put in somewhere.
-# What should it do? Three wishes:
+# So, in one layer, a full stop sees the same after "dog bites man" as after "man bites dog". The position must be put
+# in somewhere. (Several causal layers can guess some of it from the mask; we do not want to depend on that.) What
+# should it do? Three wishes:
 #
 # 1. **Relative.** The logit of a query at position $t$ with a key at position $s$ should depend on the two vectors and
 #    on the distance $t-s$, not on where in the text the pair stands.
@@ -60,7 +61,7 @@ print("keys taken in the order", order.tolist(), "give the same output")
 # $t$, the key by an angle proportional to $s$.
 
 # %% [markdown]
-# ## One plane
+# ## 2 · One plane
 #
 # Begin with vectors of two features. The paper writes vectors as **rows**, and so do we: `x` has shape `(..., d_h)` and
 # a matrix acts on it from the *right*. With an angle $\theta$ per position,
@@ -132,7 +133,7 @@ for t, s in ((2, 0), (10, 8), (1002, 1000)):
 # Three pairs of positions, one distance, one dot product. Wishes 1 and 2 are fulfilled together: each side was turned
 # knowing only its own position.
 #
-# ## Many planes, many speeds
+# ## 3 · Many planes, many speeds
 #
 # One plane is a clock with one hand: after a full turn, distance 0 and distance $2\pi/\theta$ look the same. So RoPE
 # cuts the $d_h$ features of a head into $d_h/2$ planes, and gives each plane its own speed,
@@ -154,7 +155,9 @@ for ax, j in zip(axes, (0, 4, 15)):
     ax.set(ylim=(-1.15, 1.15), yticks=(-1, 0, 1))
 axes[-1].set_xlabel("distance t − s in tokens")
 fig.supylabel("cos((t − s) θⱼ)", fontsize=10)
-fig.suptitle("Fast planes tell neighbours apart, slow planes tell far from near", x=0.02, ha="left", fontsize=12)
+fig.suptitle(
+    "Fast planes tell neighbours apart; the slowest hardly moves in 100 tokens", x=0.02, ha="left", fontsize=12
+)
 plt.show()
 
 # %% [markdown]
@@ -163,7 +166,7 @@ plt.show()
 #
 # ### Which two features make a plane?
 #
-# Two layouts are in use, and mixing them up is the most common RoPE mistake of all:
+# Two layouts are in use, and mixing them up is a common RoPE mistake:
 #
 # - **half-split** (this course, the authors' training code): feature $j$ is paired with feature $j + d_h/2$;
 # - **interleaved** (the RoFormer paper; the block-diagonal matrix as the TPA paper prints it): feature $2j$ is paired
@@ -192,7 +195,8 @@ plt.show()
 #
 # ### Writing it
 #
-# First the tables. Each position needs $d_h/2$ angles; we keep their cosines and sines:
+# First the tables. Each position needs $d_h/2$ angles; we keep their cosines and sines. (In code and shape comments `B`
+# is the batch and `T` the number of tokens; in formulas $B$ is the matrix of feature factors and $T_t$ a rotation.)
 
 # %% tags=["nbval-check-output"]
 positions = torch.arange(5)
@@ -252,7 +256,7 @@ assert_close(rope_matrix(17) @ rope_matrix(5).T, rope_matrix(12))
 print("apply_rope(x) equals x T_t; largest difference", (by_function - by_matrix).abs().max().item())
 
 # %% [markdown]
-# ## Theorem 3.1: rotate the factor, not the product
+# ## 4 · Theorem 3.1: rotate the factor, not the product
 #
 # Now TPA. The queries of one token are an $h \times d_h$ matrix, $Q_t = \frac1{R_Q} A_Q^\top B_Q$, with one *row* per
 # head. RoPE rotates the query of every head by the same $T_t$. Must we assemble the $h$ rows first, and rotate each?
@@ -281,7 +285,7 @@ for left, width, height, name, shape in blocks:
     ax.text(left + width / 2, -height / 2 - 0.8, shape, ha="center", fontsize=9.5)
 ax.plot([3.2, 3.0, 3.0, 3.2], [-3.6, -3.6, 3.6, 3.6], color="black", lw=1.5)
 ax.plot([17.6, 17.8, 17.8, 17.6], [-3.6, -3.6, 3.6, 3.6], color="black", lw=1.5)
-ax.text(10.4, 4.1, "rotated once, then cached", ha="center")
+ax.text(10.4, 4.1, "(for keys) rotated once, then cached", ha="center")
 ax.set(
     xlim=(-0.5, 18.5),
     ylim=(-5.2, 5.2),
@@ -306,15 +310,15 @@ print(f"largest difference {(rotate_the_product - rotate_the_factor).abs().max()
 print(f"rows rotated per token: {h} or {R}")
 
 # %% [markdown]
-# The same function, computed in another order. So which of the two an implementation does is no matter of quality: it
-# only decides what can be cached. TPA caches $B_K T_s$, the **pre-rotated** key factor. Key $s$ was at position $s$
-# when it was written and will be at position $s$ for ever, so its rotation is final. Nothing in the cache is ever
+# The same function, computed in another order. Which of the two an implementation does makes no difference to the
+# result; it decides what can be cached. TPA caches $B_K T_s$, the **pre-rotated** key factor. Key $s$ was at position
+# $s$ when it was written and will be at position $s$ for ever, so its rotation is final. Nothing in the cache is ever
 # rotated again.
 #
 # The value factor $B_V$ is *not* rotated: positions belong in the logits, which decide *where* to look, and values are
 # *what* is found there.
 #
-# ## What attention sees: distances only
+# ## 5 · What attention sees: distances only
 #
 # Put the two halves together. With $\tilde Q_t = Q_t T_t$ and $\tilde K_s = K_s T_s$ (both $h \times d_h$),
 #
@@ -376,18 +380,19 @@ plt.show()
 
 # %% [markdown]
 # On the left, diagonal stripes: distance is all that counts. On the right, vertical stripes: how interesting a key is
-# depends on its *absolute* place, and the query's own position plays no part.
+# depends on its *absolute* place, and the query's own position plays no part. (The upper triangle, the future, is
+# masked away later.)
 #
-# ## What goes wrong, in numbers
+# ## 6 · What goes wrong, in numbers
 #
-# Three mistakes that run without an error, and that each occur in public code:
+# Three mistakes that run without an error, and that are easily made:
 #
 # - **only keys rotated** (or only queries): what you just saw;
 # - **values rotated too**: someone rotates "everything that is cached";
 # - **bfloat16 tables**: cosines and sines are rounded to 8 significant bits, so that a rotation is no longer quite a
 #   rotation.
 #
-# The test is always the same: shift the text, and look at what must not change.
+# One test finds all three: shift the text, and look at what must not change.
 
 # %%
 versions = {
@@ -454,7 +459,7 @@ def coarse_tables(positions, angle_dtype, table_dtype):
 
 
 def tables_at(positions, kind):
-    if kind == "bfloat16 positions and tables":
+    if kind == "bfloat16 angles and tables":
         return coarse_tables(positions, torch.bfloat16, torch.bfloat16)
     if kind == "bfloat16 tables":
         return coarse_tables(positions, torch.float32, torch.bfloat16)
@@ -476,7 +481,7 @@ def relative_error(t, kind):
 
 # %%
 kinds = (
-    "bfloat16 positions and tables",
+    "bfloat16 angles and tables",
     "bfloat16 tables",
     "float32 angles and tables",
     "float64 angles, float32 tables",
@@ -505,11 +510,12 @@ plt.show()
 #   training code keeps its tables in bfloat16, so its logits satisfy the identity to two or three digits. The paper's
 #   results were trained in that way: it is a coarser function, not a broken one; what you may not do is expect it to
 #   agree with an exact implementation to rounding.
-# - bfloat16 *positions*: whole numbers above 256 cannot all be told apart in bfloat16, so neighbouring tokens share a
-#   position, and past it the answer is noise. A model cast to bfloat16 as a whole, tables included, does this without a
-#   word. That is why `rope_tables` makes its tables from integer positions on each call.
+# - bfloat16 *angles*: position, speed and their product are all rounded, so the error grows from the start; above 256
+#   neighbouring tokens even begin to share a position, and from about 1,000 on the answer is noise. A model cast to
+#   bfloat16 as a whole does this without a word. That is why `rope_tables` makes its tables from integer positions on
+#   each call.
 #
-# ## Why MLA needs a detour
+# ## 7 · Why MLA needs a detour
 #
 # Multi-head latent attention (MLA, DeepSeek-V2) also caches something small: one latent vector $c_s$ of width $d_c$ per
 # token. Head $i$'s key is expanded from it by a learned matrix, $k_s^{(i)} = c_s W_i$. The trick that makes MLA fast is
@@ -557,7 +563,7 @@ assert mla[0] > 0.9 and mla[-1] < 1e-8
 fig, ax = plt.subplots()
 ax.plot([d_c / (h * d_head) for d_c in widths], mla, "-o")
 ax.annotate("MLA: the best rotation of the latent", (0.5, mla[3]), xytext=(8, 8), textcoords="offset points")
-tpa_fraction = 2 * (h + d_head) / (2 * h * d_head)
+tpa_fraction = 2 * (h + d_head) / (h * d_head)
 ax.plot(tpa_fraction, 0, "D", ms=9, color="black", clip_on=False)
 ax.annotate("TPA, rank 2: exact", (tpa_fraction, 0), xytext=(0, 14), textcoords="offset points", ha="center")
 ax.set(
@@ -565,14 +571,15 @@ ax.set(
     ylabel="relative error of the rotated keys",
     ylim=(-0.02, 1.08),
 )
-ax.set_title("A latent can be rotated only if it compresses nothing")
+ax.set_title("A random latent can be rotated only if it compresses nothing")
 plt.show()
 
 # %% [markdown]
 # For random up-projections the error falls to zero only at the right end, where $d_c = h\,d_h$ and the latent is as
 # large as the keys themselves. TPA's $b$ factors already *live in the feature space* of a head, where $T_s$ acts; what
 # stands to their left mixes heads, and does not get in the way. (The diamond is the $K$ part of a rank-2 cache,
-# $2(h + d_h)$ numbers, drawn at the tiny size of this notebook; it is exact at any rank.)
+# $2(h + d_h)$ numbers, drawn at the tiny size of this notebook; it is exact at any rank. MLA's latent serves keys
+# *and* values; the axis counts it for the keys alone.)
 #
 # MLA's way out is a **decoupled** part: the latent carries content and no position, and a second, narrow key $k_s^R$ of
 # width $d_R$, shared by all heads, carries position and is rotated before it is cached:
@@ -655,7 +662,8 @@ checks.ex03_2(apply_rope_interleaved)
 #
 # A cache holds pre-rotated factors $b_k$ of $M$ tokens; the unrotated ones are gone. You cut the first `by` tokens of
 # the text off, and want the cache of what is left to look *as if that text had started at position 0*: each remaining
-# token's position becomes smaller by `by`. Write the function that turns the cached factors into what they must be now.
+# token's position becomes smaller by `by`. Write the function that turns the cached factors into what they must be now
+# (the one exception to "never again").
 #
 # (Is it needed for attention to be right? Think about that too: if new queries keep counting from the old positions,
 # wish 1 says that nothing has to be moved.)
@@ -717,7 +725,8 @@ checks.ex03_4(find_bug)
 # - **Theorem 3.1**: rotating $B$ is rotating the assembled matrix, because heads are mixed from the left and features
 #   turned from the right. So $b_q$ and $b_k$ are rotated, $b_v$ never, and the cache holds rotated $b_k$, final once
 #   written.
-# - The shift test finds wrong RoPE; look at logits *and* outputs.
+# - The shift test finds RoPE that is not relative; look at logits *and* outputs. It does not notice RoPE that is
+#   missing, or that has another layout, direction or base: compare those with a reference.
 # - MLA's up-projection stands to the right of the latent, where RoPE acts, and random ones cannot be moved past it;
 #   hence its separate rotated part.
 #

@@ -65,6 +65,11 @@ def test_unfinished_choices_fail(answer):
     assert checks.ex01_1(lambda: answer) == "fail"
 
 
+def test_a_choice_in_quotes_is_diagnosed(capsys):
+    assert checks.ex01_1(lambda: {**KEY, "a": "True"}) == "fail"
+    assert "case a: give True or False, not the str 'True'" in capsys.readouterr().out
+
+
 # --------------------------------------------------------------------------------- 2: the longest context
 
 

@@ -135,6 +135,11 @@ def test_unfinished_factors_fail(answer):
     assert checks.ex02_3(lambda: answer) == "fail"
 
 
+def test_a_factor_in_quotes_is_diagnosed(capsys):
+    assert checks.ex02_3(lambda: {**KEY, "e": "8"}) == "fail"
+    assert "case e: give a number, not the str '8'" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------- 4: predicting the logits
 
 

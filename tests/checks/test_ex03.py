@@ -60,6 +60,11 @@ def halves(x, cos, sin, sense=1):
     return x1 * cos + x2 * sin, x2 * cos - x1 * sin
 
 
+def without_an_axis(x, cos, sin):
+    x1, x2 = x[..., 0::2], x[..., 1::2]
+    return torch.stack((x1 * cos + x2 * sin, x2 * cos - x1 * sin), -1).flatten(-2)
+
+
 def overwrites_x1(x, cos, sin):
     x1, x2 = x[..., 0::2], x[..., 1::2]
     x1 = x1 * cos[:, None] + x2 * sin[:, None]
@@ -78,19 +83,23 @@ def test_ex03_2(capsys):
         "must have shape": lambda x, cos, sin: torch.stack(halves(x, cos, sin), -1),
         "return a tensor": lambda x, cos, sin: halves(x, cos, sin),
         "IndexError": lambda x, cos, sin: cos[10],
+        "an axis for `any`": without_an_axis,
+        "of type ndarray": lambda x, cos, sin: right(x, cos, sin).numpy(),
+        "RuntimeError: Expected size": lambda x, cos, sin: x @ x[..., :2],
     }
     for words, attempt in wrong.items():
         status, out = diagnosis(capsys, checks.ex03_2, attempt)
         assert status == "fail" and words in out
 
 
-def turn(b, positions, base):
-    return apply_rope(b, *rope_tables(positions, b.shape[-1], base, b.dtype))
+def turn(b, positions, base, dtype=torch.float64):
+    return apply_rope(b, *rope_tables(positions, b.shape[-1], base, dtype))
 
 
 def test_ex03_3(capsys):
     assert diagnosis(capsys, checks.ex03_3, lambda b, by, base: turn(b, torch.tensor([-by]), base))[0] == "ok"
     wrong = {
+        "b_k.dtype": lambda b, by, base: turn(b, torch.tensor([-by]), base, torch.float32),
         "still at their old": lambda b, by, base: b,
         "moved forward": lambda b, by, base: turn(b, torch.tensor([by]), base),
         "already rotated": lambda b, by, base: turn(b, torch.arange(b.shape[1]), base),

@@ -42,6 +42,7 @@ def test_ex04_1(capsys):
         "mixes several": lambda reads: torch.ones(max(reads) + 1, len(reads)),
         "must be R in row": lambda reads: (max(reads) + 1) * masks(reads).roll(1, 0),
         "return a tensor": lambda reads: masks(reads).tolist(),
+        "must be a float tensor": lambda reads: ((max(reads) + 1) * masks(reads)).long(),
     }
     for words, attempt in wrong.items():
         out = diagnosis(capsys, checks.ex04_1, attempt)[1]
@@ -61,6 +62,7 @@ def test_ex04_2(capsys):
         "on both sides": lambda h, d, R: largest(h, lambda G: G * d <= 2 * R * (h + d)),
         "must be a whole number that divides h": lambda h, d, R: R * (h + d) // d,
         "caches more than TPA": lambda h, d, R: h,
+        "h=34, d_h=64, R=2 the answer is 2, and yours is 3": lambda h, d, R: min(h, R * (h + d) // d),
     }
     for words, attempt in wrong.items():
         out = diagnosis(capsys, checks.ex04_2, attempt)[1]
@@ -95,6 +97,9 @@ def test_ex04_3(capsys):
         "is not the topic": lambda: routing(b_from=12),
         "2 times": lambda: routing(a=2.0),
         "return two tensors": lambda: routing()[0],
+        "in the other order": lambda: routing()[::-1],
+        "W_b must have shape": lambda: (routing()[0], routing()[0]),
+        "for W_a; yours is of type ndarray": lambda: tuple(W.numpy() for W in routing()),
     }
     for words, attempt in wrong.items():
         out = diagnosis(capsys, checks.ex04_3, attempt)[1]
@@ -125,6 +130,7 @@ def test_ex04_4(capsys):
         "there are several groups": lambda K: "MQA" if judge(K) == "GQA" else judge(K),
         "there is one group": lambda K: "GQA" if judge(K) == "MQA" else judge(K),
         "full rank h": lambda K: "fixed A" if judge(K) == "MHA" else judge(K),
+        "MQA's are *equal*": lambda K: "MQA" if torch.linalg.matrix_rank(K[0]) == 1 else judge(K),
         "answer one of": lambda K: "TPA",
     }
     for words, attempt in wrong.items():
