@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from tpa_minimal.baselines import MultiHeadAttention, MultiHeadLatentAttention
 from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, causal_attention, factor_attention
 
+RESULTS = Path(__file__).parent / "results"  # what we measured, for the course to show; your own runs go to --out
+
 # ------------------------------------------------------------------------------------------------------- timing
 
 

@@ -32,7 +32,6 @@
 import json
 import math
 import os
-from pathlib import Path
 
 if device == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
@@ -312,16 +311,11 @@ print("same tokens:", torch.equal(model.generate(prompt, 6, temperature=0), befo
 # ## 7 · What was measured
 #
 # `python -m tpa_minimal.bench decode` times all mechanisms in one run and in turns: attention alone, one new token,
-# batch 1, random numbers in a full cache. The repository carries one such result. We draw it; if the file is not there
-# (as in Colab), a shorter run takes its place.
+# batch 1, random numbers in a full cache. The package carries one such result, from the machine that the cell names; the
+# same command gives yours.
 
 # %%
-recorded = Path("results/bench_decode.json")
-if recorded.exists():
-    result = json.loads(recorded.read_text())
-else:
-    result = {"environment": bench.environment(device, torch.float32)}
-    result["rows"] = bench.decode([1024, 4096], repeats=3, device=device)
+result = json.loads((bench.RESULTS / "bench_decode.json").read_text())
 for key, value in result["environment"].items():
     print(f"{key:24} {value:.1f}" if isinstance(value, float) else f"{key:24} {value}")
 
