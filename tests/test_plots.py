@@ -6,6 +6,7 @@ import sys
 import time
 
 import matplotlib
+import matplotlib.colors
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -35,14 +36,37 @@ def no_figure_is_left_open():
 
 
 def test_lines_of_the_cache_are_the_formula():
-    figure = plots.cache_against_context(LLAMA, budget=40 * GB)
-    mha, shipped, one, two, _ = figure.axes[0].lines
+    figure = plots.cache_against_context(LLAMA, memory=80 * GB, weight_dtype="int4")
+    mha, shipped, one, two, level = figure.axes[0].lines
+    assert level.get_ydata()[0] == (80 * GB - LLAMA.weight_bytes("int4")) / GB
     for line, model in ((shipped, LLAMA), (one, LLAMA.with_tpa(16, 1, 1)), (two, LLAMA.with_tpa(16, 2, 2))):
         assert list(line.get_ydata()) == [model.cache_bytes(int(x)) / GB for x in line.get_xdata()]
     assert mha.get_ydata()[0] == 16384 * 80 * 2 * 1024 / GB
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["MHA, 64 heads", "GQA, 8 key-value heads (as shipped)", "TPA, ranks (16, 1, 1)",
-                     "TPA, ranks (16, 2, 2)", "40 GB free for it"]  # fmt: skip
+                     "TPA, ranks (16, 2, 2)", "44.7 GB free beside the\nshipped model's int4 weights"]  # fmt: skip
+
+
+def test_no_level_where_the_weights_do_not_fit():
+    assert len(plots.cache_against_context(LLAMA, memory=80 * GB).axes[0].lines) == 4  # 141 GB in bfloat16
+
+
+def test_a_mechanism_looks_the_same_in_every_figure():
+    first, second = (Layer("tpa", **SHAPE, rank_q=16, rank_k=rank, rank_v=rank) for rank in (1, 2))
+    shipped = {"MHA": LAYERS["MHA"], "GQA": LLAMA.layer, "TPA 1": first, "TPA 2": second}
+    contexts, memory = plots.cache_against_context(LLAMA), plots.largest_context_by_memory(LLAMA)
+    costs = plots.decode_cost({"MLA": LAYERS["MLA"], **shipped})
+    lines, bars = contexts.axes[0].lines, memory.axes[0].containers
+    for line, bar, cost in zip(lines, bars, costs.axes[1].lines[1:], strict=True):
+        colours = line.get_color(), bar[0].get_facecolor(), cost.get_color()
+        assert len({matplotlib.colors.to_hex(colour) for colour in colours}) == 1
+        assert line.get_marker() == cost.get_marker()
+    assert len({line.get_color() for line in costs.axes[1].lines}) == 5
+
+
+def test_lines_that_hide_each_other_are_named():
+    figure = plots.decode_cost({**LAYERS, "GQA": LLAMA.layer})
+    assert [text.get_text() for text in figure.axes[0].texts] == ["MHA and GQA coincide"]
 
 
 def test_bars_per_token():
@@ -75,6 +99,7 @@ def test_break_even_line_of_the_map():
         points = [point for path in heavy.get_paths() for point in path.vertices]
         assert len(points) > 50
         for h, d_h in points:
+            assert h >= (n_kv_head or 4)  # no model has more key-value heads than heads
             assert (h if n_kv_head is None else n_kv_head) * d_h / (h + d_h) == pytest.approx(rank, rel=0.02)
 
 

@@ -6,6 +6,7 @@ and `figure.savefig("name.png")` writes it. What they draw comes from `memory.py
 
 import html
 import io
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -65,9 +66,15 @@ def style() -> None:
 
 # ------------------------------------------------------------------------------------------------------- figures
 
-# Markers, lines and hatches tell versions apart in grey.
-LINES = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--")]
-HATCHES = ["", "//", "..", "xx", "\\\\", "++"]
+# One look for each mechanism in all figures; markers, lines and hatches tell them apart in grey. TPA's versions take
+# theirs in order, blue first.
+LOOKS = {  # colour, marker, line, hatch
+    "mha": ("0.45", "o", "-", ""),
+    "gqa": (COLOURS[1], "s", "--", "//"),
+    "mla": (COLOURS[2], "D", ":", "xx"),
+    "mqa": (COLOURS[3], "v", (0, (6, 2, 1, 2)), "\\\\"),
+}
+TPA_LOOKS = [(COLOURS[0], "^", "-.", ".."), (COLOURS[5], "P", "-", "++"), (COLOURS[4], "X", "--", "oo")]
 RANKS = ((16, 1, 1), (16, 2, 2))
 GPUS = {24: "RTX 4090", 48: "L40S", 80: "A100, H100", 141: "H200", 192: "B200"}  # GB of memory
 
@@ -96,6 +103,11 @@ def _closed(fig: Figure) -> Figure:
     return fig
 
 
+def _looks(layers: list[Layer]) -> list[tuple]:
+    tpa = itertools.cycle(TPA_LOOKS)
+    return [LOOKS.get(layer.mechanism) or next(tpa) for layer in layers]
+
+
 def _contexts_axis(ax, contexts) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(contexts[:: max(1, len(contexts) // 7)])
@@ -116,21 +128,31 @@ def _versions(model: Model, ranks=RANKS) -> dict[str, Model]:
 
 
 def cache_against_context(
-    model: Model, ranks=RANKS, *, batch_size: int = 1, dtype: str = "bfloat16", budget: float | None = None
+    model: Model,
+    ranks=RANKS,
+    *,
+    batch_size: int = 1,
+    dtype: str = "bfloat16",
+    memory: float | None = None,
+    weight_dtype: str = "bfloat16",
 ) -> Figure:
     """Bytes of the cache against the context, one line for MHA, the shipped layer and each TPA.
 
-    budget: bytes that are free for the cache, drawn as a level. Both axes are logarithmic.
+    memory: bytes of the GPU; what the shipped model's weights leave of it is drawn as a level, if they fit at all.
+    Both axes are logarithmic.
     """
     contexts = [2**n for n in range(10, 21)]
     fig, ax = plt.subplots(figsize=(8, 4))
-    for (label, version), (marker, line), colour in zip(_versions(model, ranks).items(), LINES, COLOURS):
+    versions = _versions(model, ranks)
+    looks = _looks([version.layer for version in versions.values()])
+    for (label, version), (colour, marker, line, _) in zip(versions.items(), looks):
         held = [version.cache_bytes(context, batch_size, dtype) / GB for context in contexts]
         ax.plot(contexts, held, marker=marker, linestyle=line, color=colour, markersize=4)
         ax.annotate(label, (contexts[-1], held[-1]), (6, 0), textcoords="offset points", va="center", color=colour)
-    if budget is not None:
-        ax.axhline(budget / GB, color="black", linewidth=1)
-        ax.annotate(f"{budget / GB:.3g} GB free for it", (contexts[0], budget / GB), (0, 4), textcoords="offset points")
+    if memory is not None and (free := memory - model.weight_bytes(weight_dtype)) > 0:
+        ax.axhline(free / GB, color="black", linewidth=1)
+        text = f"{free / GB:.3g} GB free beside the\nshipped model's {weight_dtype} weights"
+        ax.annotate(text, (contexts[0], free / GB), (0, 4), textcoords="offset points", fontsize=9)
     _contexts_axis(ax, contexts)
     ax.set_yscale("log")
     ax.set_ylabel("cache [GB]")
@@ -161,9 +183,10 @@ def ratio_map(ranks=(1, 2, 4, 8), n_kv_head=None, marks: dict[str, tuple[int, in
     """How many times less TPA caches than MHA (or than G shared heads), over heads and head width, a panel per rank.
 
     ranks: R_K = R_V of each panel. n_kv_head: G; None is MHA. marks: points to label, each (h, d_h). The heavy line is
-    break-even, R_K + R_V = 2 G d_h / (h + d_h); where hatched, TPA caches more.
+    break-even, R_K + R_V = 2 G d_h / (h + d_h); where hatched, TPA caches more. h starts at G, since no model has more
+    key-value heads than heads.
     """
-    heads, widths = np.arange(4, 129), np.arange(16, 257)
+    heads, widths = np.arange(n_kv_head or 4, 129), np.arange(16, 257)
     h, d_h = np.meshgrid(heads, widths)
     G = h if n_kv_head is None else n_kv_head
     fig, axes = plt.subplots(1, len(ranks), figsize=(2.8 * len(ranks), 3.5), sharey=True, squeeze=False)
@@ -175,7 +198,7 @@ def ratio_map(ranks=(1, 2, 4, 8), n_kv_head=None, marks: dict[str, tuple[int, in
         ax.contourf(heads, widths, ratio, levels=[0, 1], colors="none", hatches=["xxx"])
         lines = ax.contour(heads, widths, ratio, levels=[2, 4, 8, 16, 32], colors="black", linewidths=0.8)
         middles = [line[len(line) // 2] for level in lines.allsegs for line in level if len(line) > 30]
-        middles = [point for point in middles if point[0] > 6]  # further left the label would be cut
+        middles = [point for point in middles if point[0] > 1.5 * heads[0]]  # further left the label would be cut
         ax.contour(heads, widths, ratio, levels=[1], colors=COLOURS[1], linewidths=3.5)
         for name, (x, y) in (marks or {}).items():
             ax.plot(x, y, "o", color="white", markeredgecolor="black", markersize=7)
@@ -203,11 +226,12 @@ def largest_context_by_memory(
     fig, ax = plt.subplots(figsize=(9.5, 3.8))
     versions = _versions(model, ranks)
     width = 0.8 / len(versions)
-    for i, (label, version) in enumerate(versions.items()):
+    looks = _looks([version.layer for version in versions.values()])
+    for i, ((label, version), (colour, _, _, hatch)) in enumerate(zip(versions.items(), looks)):
         x = np.arange(len(GPUS)) + (i - (len(versions) - 1) / 2) * width
         most = [version.largest_context(size * GB, batch_size, dtype, weight_dtype) for size in GPUS]
         shown = [min(context, 2**24) for context in most]  # an unbounded one is drawn as 16M and labelled
-        ax.bar(x, shown, width, label=label, color=COLOURS[i], hatch=HATCHES[i], edgecolor="black", linewidth=0.6)
+        ax.bar(x, shown, width, label=label, color=colour, hatch=hatch, edgecolor="black", linewidth=0.6)
         for position, context in zip(x, most):
             ax.annotate(tokens_text(context), (position, max(context, 1024)), (0, 2), textcoords="offset points",
                         ha="center", fontsize=8)  # fmt: skip
@@ -227,7 +251,9 @@ def decode_cost(layers: dict[str, Layer], dtype: str = "bfloat16") -> Figure:
     """What one new token costs a layer, against the context: multiply-adds (App. A.4), and bytes of cache read."""
     contexts = [2**n for n in range(12, 20)]
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
-    for (label, layer), (marker, line), colour in zip(layers.items(), LINES, COLOURS):
+    by_cost = {}  # layers of equal arithmetic, whose lines hide each other
+    for (label, layer), (colour, marker, line, _) in zip(layers.items(), _looks(list(layers.values()))):
+        by_cost.setdefault(layer.decode_multiply_adds(contexts[0]), []).append(layer)
         kind = dict(marker=marker, linestyle=line, color=colour, markersize=5, label=label)
         left.plot(contexts, [layer.decode_multiply_adds(context) / 1e9 for context in contexts], **kind)
         model = Model("", layer, 1, 0, 0, "")
@@ -237,6 +263,12 @@ def decode_cost(layers: dict[str, Layer], dtype: str = "bfloat16") -> Figure:
         ax.set_yscale("log")
         ax.set_title(f"{title} of one new token, one layer")
         ax.set_ylabel(unit)
+    for same in by_cost.values():
+        if len(same) > 1:
+            names = " and ".join(layer.mechanism.upper() for layer in same)
+            place = contexts[4], same[0].decode_multiply_adds(contexts[4]) / 1e9
+            left.annotate(f"{names} coincide", place, (2, -48), textcoords="offset points", fontsize=9,
+                          arrowprops={"arrowstyle": "-", "linewidth": 0.8})  # fmt: skip
     fig.legend(*right.get_legend_handles_labels(), loc="outside right center", fontsize=9)
     return _closed(fig)
 

@@ -43,12 +43,14 @@ layers = {
 plots.per_token_bars(layers, "A layer of Llama 3 70B: sharing and factorizing both cut MHA's cache")
 
 # %% [markdown]
-# Three things to see. MHA's 16,384 is what nobody ships any more. TPA with ranks 1 keeps one head factor (64 numbers)
+# The labels say TPA (R_Q, R_K, R_V); only the last two count for the cache.
+#
+# Three things to see. No model of this size ships MHA's 16,384. TPA with ranks 1 keeps one head factor (64 numbers)
 # and one feature factor (128) for keys and the same for values: 2 · (64 + 128) = 384. And MQA keeps less than any of
 # them, 256: **TPA is not the smallest cache there is**. Its claim is to be small *without* forcing all heads to share
 # one key.
 #
-# So a ratio needs its baseline. From the same two layers:
+# So a ratio needs its baseline. Each of the two TPA layers against two baselines:
 
 # %% claim="ratio-names-its-baseline"
 from tpa_minimal.memory import ratios
@@ -158,17 +160,23 @@ if sys.platform == "linux":
     ax.set_ylabel("memory [MB]")
     ax.grid(axis="x", visible=False)
     ax.legend()
-    ax.set_title("Formula, cache object and process memory agree for every mechanism")
+    ax.set_title("Formula, cache object and held memory agree; the peak of a step lies above")
     plt.show()
 
 # %% [markdown]
 # Bars, crosses and circles coincide: what the process holds differs from the formula by less than 1 MiB. The
-# triangles lie up to 16 MiB higher. That is the working memory of one step for 128 sequences, the same at any
-# context, so it matters for the small caches here and not for a long context.
+# triangles lie up to 16 MiB higher. That is the working memory of one step for 128 sequences. It grows with the
+# context too (the weights of one query are h numbers per position; TPA's tables stop growing at 16,384 positions),
+# and is not part of the formula.
 #
 # ## 3 · The question people come with
 #
 # *I run a 70B-class GQA model with a context of 128k on an 80 GB GPU. What would TPA hold?*
+#
+# *Would*, because a trained GQA model cannot be switched to TPA of low rank: these are the numbers of a model that
+# somebody would first have to train (§5; [notebook 12](12_bring_your_own_model.ipynb) shows what can be converted and
+# what is lost). GB is 10⁹ bytes; a card sold as 24 or 80 GB has about 7 % more (GiB), of which the driver and
+# activations take a part: near the edge, trust neither.
 
 # %% claim="llama-70b-question" tags=["nbval-check-output"]
 llama = MODELS["Llama 3 70B"]
@@ -194,24 +202,39 @@ for dtype in ("bfloat16", "int8", "int4"):
     print(f"weights in {dtype:8s} {llama.weight_bytes(dtype) / GB:6.1f} GB; largest context: " + " | ".join(most))
 
 # %% [markdown]
-# With 8-bit weights the shipped model has room for 28,827 tokens and both TPA versions differ: 226,110 tokens with
-# ranks 1, 111,007 with ranks 2. Only rank 1 reaches 128k. With 4-bit weights all three do, and TPA buys *more
-# sequences at once* instead. (Activations, and the scales of quantized weights, come on top: leave some GB free.)
+# With 8-bit weights the shipped model has room for 28,827 tokens, TPA for 226,110 with ranks 1 and 111,007 with
+# ranks 2. Only rank 1 reaches 128k. With 4-bit weights all three do, and TPA buys *more sequences at once* instead.
+# (Activations, and the scales of quantized weights, come on top: leave some GB free.)
 
 # %%
-plots.cache_against_context(llama, budget=80 * GB - llama.weight_bytes("int4"))
+plots.cache_against_context(llama, memory=80 * GB, weight_dtype="int4")
 
 # %%
 plots.largest_context_by_memory(llama, weight_dtype="int4")
 
 # %% [markdown]
-# In both figures the scales are logarithmic: equal distances are equal ratios. TPA moves the line down, it does not
-# change its slope. The cache still grows with every token.
+# In both figures the scales are logarithmic: equal distances are equal ratios, and k is 1,024 tokens, so 136,484 is
+# 133k. TPA moves the line down, it does not change its slope. The cache still grows with every token.
 #
+# For your own model, change the first line:
+
+# %% tags=["nbval-check-output"]
+model, budget, context = MODELS["Llama 3 8B"], 24 * GB, 65_536
+for version in (model, model.with_tpa(16, 1, 1), model.with_tpa(16, 2, 2)):
+    cache, weights = version.cache_bytes(context), version.weight_bytes("bfloat16")
+    print(
+        f"{version.layer.describe():26s} cache {cache / GB:5.2f} GB, {model.cache_bytes(context) / cache:.1f} times "
+        f"less; weights {weights / GB:5.2f} GB; {'fits' if cache + weights <= budget else 'does not fit'}"
+    )
+
+# %% [markdown]
 # ## 4 · Explore
 #
 # Now your own model and GPU. Where the notebook runs, the next cell shows controls; on a page that only displays it,
 # you see the picture of the first setting. Try the context at 1k, then the ranks at 6 and 6, then DeepSeek-V3.
+#
+# A setting can also be passed: `plots.explorer(plots.Settings(model="Llama 3 8B", context=65_536, memory_gb=24))`;
+# `plots.explorer_figure` takes the same and gives the picture alone.
 
 # %%
 plots.explorer()
@@ -231,7 +254,8 @@ for model in MODELS.values():
 # ## 5 · When is it not worth it?
 #
 # **At ranks above break-even.** TPA keeps (R_K + R_V)(h + d_h) numbers, G shared heads keep 2 G d_h. TPA loses as
-# soon as R_K + R_V ≥ 2 G d_h / (h + d_h); for MHA, put G = h. In the map the heavy line is that boundary.
+# soon as R_K + R_V > 2 G d_h / (h + d_h); for MHA, put G = h. In the map the heavy line is that boundary, where the
+# two tie.
 
 # %% claim="break-even"
 from tpa_minimal.memory import break_even_ranks
@@ -247,11 +271,11 @@ plots.ratio_map((1, 2, 4), n_kv_head=8, marks={"Llama 70B": (64, 128)})
 
 # %% [markdown]
 # Against MHA (first map) savings grow towards many wide heads: the "10 times or more" lives in the upper right, at
-# low ranks. Against 8 shared heads (second map) they are smaller everywhere, and with *more heads* they shrink, since
-# the head factors grow with h while GQA's cache does not.
+# low ranks. Against 8 shared heads (second map, from h = 8 on, where GQA is still MHA) they are smaller for every h
+# above 8, and with *more heads* they shrink, since the head factors grow with h while GQA's cache does not.
 #
 # **Where others already cache less.** The paper compares mechanisms at equal parameters per layer, which gives each
-# its own number of heads:
+# its own number of heads (KV-only: full queries, only K and V factorized):
 
 # %% claim="paper-sizes-cache"
 from tpa_minimal.memory import PAPER_HEADS, match_heads
@@ -267,8 +291,8 @@ assert numbers["mqa"] < numbers["gqa"] < numbers["mla"] < numbers["tpa"] < numbe
 # %% [markdown]
 # At the paper's small size TPA caches 3.9 times less than MHA and *more* than MQA, GQA with two heads, and MLA. Its
 # argument there is quality at a small cache, and at that size the reported averages of TPA, MLA and MHA lie within
-# 0.02 points of each other, from single runs. (Three head counts are not the nearest whole number; the paper does not
-# say why.)
+# 0.02 points of each other, from single runs. (Three head counts, those of MLA, KV-only and TPA, are not the nearest
+# whole number, as notebook 07 found too; the paper does not say why.)
 #
 # **For short contexts.** The cache competes with the weights. Count both:
 
@@ -400,7 +424,11 @@ alike = F.cosine_similarity(plain[:, None, 0], plain[None, :, 0], dim=-1)  # (T,
 digits = torch.tensor([word.strip().isdigit() for word in words])
 among = alike[digits][:, digits][~torch.eye(int(digits.sum()), dtype=torch.bool)].mean()
 across = alike[digits][:, ~digits].mean()
-print("numbers are more like numbers than like other tokens:", bool(among > across))
+print(f"mean cosine in the whole text: digit and digit {among:.2f}, digit and other token {across:.2f}")
+
+end = words.index(".")  # up to here the text counts; all but two of the digits stand there
+inside = alike[:end, :end][digits[:end]][:, ~digits[:end]].mean()
+print(f"in the count alone: digit and other token {inside:.2f}")
 
 # %%
 fig, ax = plt.subplots(figsize=(6.6, 5.6))
@@ -409,11 +437,13 @@ ax.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
 ax.set_yticks(range(len(words)), words, fontsize=8)
 ax.grid(visible=False)
 fig.colorbar(image, label="cosine of two $b_K$ (rank 1)")
-ax.set_title("$B_K$: tokens that play the same part have similar features")
+ax.set_title("$B_K$ (rank 1): the tokens of the count are alike, digits or not")
 plt.show()
 
 # %% [markdown]
-# Equal tokens do not always have equal features, because the layer below has mixed in what stands before them.
+# The large block is the count. So much of what makes two digits alike is only that they stand in the same passage:
+# compare the three means. Equal tokens do not always have equal features either, because the layer below has mixed in
+# what stands before them.
 #
 # How strong is the restriction that TPA imposes? For each token, K_t is an 8 × 32 matrix of rank 2 at most: only two
 # singular values are not zero. That says nothing about the keys of the whole text. Put them side by side, one row
@@ -433,12 +463,12 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
 relative = (per_token / per_token[:, :1]).clamp(min=1e-9)
 left.semilogy(range(1, 9), relative.T, color="0.7", linewidth=0.8)
 left.semilogy(range(1, 9), relative.median(0).values, "o-", color="black")
-left.set_title("One token's $K_t$: rank $R_K$ = 2")
+left.set_title("Each token's $K_t$: rank $R_K$ = 2")
 right.semilogy(range(1, len(whole) + 1), whole / whole[0], "o-", color="black", markersize=4)
 right.set_title("All tokens' keys: many directions")
 for ax in (left, right):
     ax.set_xlabel("number of the singular value")
-left.set_ylabel("singular value / largest")
+    ax.set_ylabel("singular value / largest")
 plt.show()
 
 # %% [markdown]
@@ -464,7 +494,7 @@ for head, ax in enumerate(axes.flat):
 fig.supxlabel("attended token")
 fig.supylabel("querying token")
 fig.colorbar(image, ax=axes, label="√ of the weight")
-fig.suptitle("Eight heads, eight patterns, from two key factors per token", x=0.01, ha="left")
+fig.suptitle("Eight heads, related patterns, from two key factors per token", x=0.01, ha="left")
 plt.show()
 
 # %% [markdown]
@@ -551,7 +581,7 @@ checks.ex09_3(leaflet)
 #   d_h). Cache objects and process memory agree with it.
 # - A 70B-class GQA model with 128k tokens holds 42.9 GB of cache; TPA would hold 8.1 GB with ranks (16, 1, 1), 16.1
 #   GB with (16, 2, 2). On 80 GB the weights must be 8-bit or less for any of this to matter.
-# - It is not worth it where R_K + R_V ≥ 2 G d_h / (h + d_h), for short contexts, where windows or a small latent have
+# - It is not worth it where R_K + R_V > 2 G d_h / (h + d_h), for short contexts, where windows or a small latent have
 #   done the work, or where retraining is out of the question.
 # - Name the baseline. 42.7× and 5.3× can be the same layer.
 #
