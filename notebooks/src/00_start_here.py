@@ -2,10 +2,11 @@
 # # 00 · Start here
 # {badge}
 #
-# A language model remembers its conversation in a *KV cache*, and for long conversations that cache, not the weights,
-# fills the memory. **Tensor Product Attention** (TPA; [Zhang et al., arXiv 2501.06425](https://arxiv.org/abs/2501.06425))
-# caches something smaller, from which keys and values follow. This course builds it from nothing, line by line.
-# Here you check that your set-up works, and see in one minute what the course is about.
+# A language model remembers its conversation in a *KV cache*, and for long conversations that cache can fill more
+# memory than the weights. **Tensor Product Attention** (TPA; [Zhang et al., arXiv
+# 2501.06425](https://arxiv.org/abs/2501.06425)) caches something smaller, from which keys and values follow. This
+# course builds it from nothing, line by line. Here you check that your set-up works, and see in one minute what the
+# course is about.
 #
 # **You will be able to**
 # - tell whether your set-up is complete, and whether a GPU is in use
@@ -66,7 +67,7 @@ assert run.metrics[-1]["val_loss"] < run.metrics[0]["val_loss"] - 1
 
 # %% [markdown]
 # The loss is the average surprise per token on texts that the model has not seen. It starts near that of guessing and
-# falls by more than one nat. So short a training teaches the form of the sentences, not their facts:
+# falls by more than one nat. So short a training teaches which words are common, hardly how they form a sentence:
 
 # %%
 print(train.generate_text(model, lessons.tokenizer, "", 60, temperature=0.7))
@@ -90,9 +91,9 @@ print(f"240 tokens with the cache: {seconds[True]:.1f} s; without: {seconds[Fals
 # %% [markdown]
 # ## What the memory weighs
 #
-# Here is the point of it all. We fill two real caches with the same number of tokens and ask each for its bytes: TPA's,
-# which holds *factors*, and that of ordinary multi-head attention (MHA) with the same 16 heads of width 32, which holds keys
-# and values.
+# Here is the point of it all. We fill two real caches with the same number of tokens and ask each for its bytes:
+# TPA's, which holds *factors*, and that of ordinary multi-head attention (MHA) with the same 16 heads of width 32,
+# which holds keys and values.
 
 # %%
 lengths = [64, 128, 256, 512]
@@ -113,10 +114,10 @@ plt.show()
 
 # %% [markdown]
 # Both caches grow by a fixed number of bytes per token; TPA's line is 5⅓ times less steep. That ratio belongs to
-# *this* configuration (16 heads of width 32, rank 2) and to *this* comparison (MHA with the same heads). With rank 1 and
-# 64 heads of width 128 it is 42.7; with 4 heads of width 32 and rank 2 it is 1.8. And there are other ways to save: the
-# same model with two shared key-value heads (GQA) would hold 128 numbers per token and layer where TPA holds 192. What
-# each way gives up is a question that notebooks 01 and 09 take seriously.
+# *this* configuration (16 heads of width 32, rank 2) and to *this* comparison (MHA with the same heads). With rank 1
+# and 64 heads of width 128 it is 42.7; with 4 heads of width 32 and rank 2 it is 1.8. And there are other ways to
+# save: the same model with two shared key-value heads (GQA) would hold 128 numbers per token and layer where TPA
+# holds 192. What each way gives up is a question that notebooks 01 and 09 take seriously.
 #
 # ## How the exercises work
 #
@@ -161,7 +162,8 @@ checks.ex00_1(numbers_cached_by_mha)
 #
 # ## Summary
 #
-# - T6 with TPA trains and writes like any other small language model; its cache holds factors instead of keys and values.
+# - T6 with TPA trains and generates like any other language model (after half a minute, not yet sense); its cache holds
+#   factors instead of keys and values.
 # - Measured here: 5⅓ times fewer bytes than MHA with the same heads, in this configuration.
 # - A ratio means nothing without its two configurations. We will always name them.
 #

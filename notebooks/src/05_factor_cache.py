@@ -264,10 +264,10 @@ nn.init.normal_(layer.out_proj.weight, std=0.1)
 expected = layer(x)  # all at once, without a cache
 
 # %% [markdown]
-# ## 6 · Three ways that agree
+# ## 6 · Four ways that agree
 #
-# The same 32 tokens as one prompt, as a prompt and single tokens, in uneven chunks, and one by one. Chunks of more
-# than 16 tokens use the assembled path, shorter ones factor space, so both are tried.
+# The same 32 tokens as one prompt, as a prompt and single tokens, in uneven chunks, and one by one. After the first
+# call, chunks of more than 16 tokens use the assembled path, others factor space, so both are tried.
 
 
 # %%
@@ -283,7 +283,7 @@ for sizes in ([32], [20] + [1] * 12, [7, 1, 18, 6], [1] * 32):
 
 # %% [markdown]
 # In float32 the differences would be some 10⁻⁶, because sums are taken in another order; in float64 they are at the
-# level of rounding. That is why correctness tests of a cache belong in float64: a bug that shifts an output by 10⁻⁴
+# level of rounding. That is why correctness tests of a cache belong in float64: a bug that shifts an output by 10⁻⁶
 # hides in float32's noise and not here.
 #
 # Because the cache is a value, calls with and without it can be mixed, and going back is one line:
@@ -314,7 +314,8 @@ for name in ("tiny", "small-124M", "xl-1.5B"):
 # size of K or V: with h = 34 and d_h = 64 one token's keys are 2,176 numbers, and its four factors together 392.
 #
 # Is that small? It depends on what it is compared with. Here are the real caches of the paper's small models, each
-# with the head count that gives its layer about the same weights:
+# with the head count that gives its layer about the same weights, and MHA with TPA's 34 heads, which would have 2.8
+# times the weights:
 
 # %% claim="cache-small-models"
 from functools import partial
@@ -349,8 +350,8 @@ plt.show()
 # %% [markdown]
 # So the small model's saving is 3.9× against the MHA model of equal weights and 11.1× against an MHA layer with as
 # many heads; GQA with two KV heads and MQA hold less than TPA, and the paper's case against them is quality, not
-# bytes. "10× and more" needs rank 1 and many wide heads: with h = 64, d_h = 128 and R_K = R_V = 1 it is 384 against
-# 16,384, or 42.7×.
+# bytes. "10× and more" is a ratio to MHA with as many heads, and needs many wide heads at a low rank: with h = 64, d_h
+# = 128 and R_K = R_V = 1 it is 384 against 16,384, or 42.7× (21.3× with rank 2).
 #
 # ## 8 · Six bugs, planted
 #
@@ -483,7 +484,8 @@ plt.show()
 # ### Exercise 05.1 · An append that loses nothing (15 minutes)
 # Write `append` for an MHA cache held in one tensor `room` (B, h, max_len, d_h) whose first `length` positions are
 # filled. Store `new` (B, h, T, d_h) after them and return a view of all that is held, (B, h, length + T, d_h). If it
-# does not fit, or its shape is wrong, raise `ValueError` and leave `room` as it was.
+# does not fit, or its shape is wrong, raise `ValueError` (an `assert` is skipped under `python -O`) and leave `room`
+# as it was.
 
 
 # %% tags=["exercise"]
@@ -509,7 +511,8 @@ checks.ex05_1(append)
 # %% [markdown]
 # ### Exercise 05.2 · How far does the memory reach? (10 minutes)
 # A model with `config` is to serve `batch_size` conversations at once, with caches in a type of `bytes_per_number`
-# bytes. Up to how many tokens can each conversation grow in `budget` bytes of cache?
+# bytes. Up to how many tokens can each conversation grow in `budget` bytes of cache? (Only memory counts here, not
+# `config.max_len`.)
 
 
 # %% tags=["exercise"]

@@ -99,8 +99,8 @@ def decode_with_loops(a_q, b_q, a_k, b_k, a_v, b_v):
 
 
 # %% [markdown]
-# (The count takes a_q·a_k·p as one multiply–add and α·a_v as free, as the paper does: a product of two head factors
-# does not involve d_h.) Does it give what assembling gives?
+# (The count takes a_q·a_k·p as one multiply–add and α·a_v as free, as the paper does: these products do not involve
+# d_h.) Does it give what assembling gives?
 
 # %% claim="algorithm-1-loops" tags=["nbval-check-output"]
 factors = random_factors(1, 1, 5, h=2, d_h=4, ranks=(3, 2, 2))
@@ -182,7 +182,7 @@ assert tpa.decode_multiply_adds(1) == tpa_cost(34, 64, 6, 2, 2)
 print(f"per cached token: TPA, 34 heads, {tpa.decode_multiply_adds(1)}; MHA, 12 heads, {mha.decode_multiply_adds(1)}")
 
 # %% [markdown]
-# 3.9 times fewer bytes, 3.6 times more arithmetic. (With MHA's 34 heads it would be 4,352.)
+# 3.9 times fewer bytes, 3.6 times more arithmetic. (MHA with 34 heads would need 4,352.)
 #
 # ### Another order: queries first
 # Sums can be done in another order. In a decode step there are few queries, so one may assemble **q** (never K) and
@@ -194,14 +194,22 @@ print(f"per cached token: TPA, 34 heads, {tpa.decode_multiply_adds(1)}; MHA, 12 
 
 # %%
 def milliseconds(action, *arguments, **settings):
+    action(*arguments, **settings)  # a first call, which is not counted
     times = []
-    for _ in range(3):
+    for _ in range(7):
         begin = time.perf_counter()
         action(*arguments, **settings)
         times.append(1e3 * (time.perf_counter() - begin))
-    return sorted(times)[1]  # the median
+    return sorted(times)[3]  # the median
 
 
+def cached_factors(T, M, ranks=(6, 2, 2), h=34, d_h=64):
+    """float32 factors with the memory order that FactorCache keeps: (B, R, M, ·) seen as (B, M, R, ·)."""
+    factors = random_factors(1, T, M, h, d_h, ranks, dtype=torch.float32)
+    return factors[:2] + [factor.transpose(1, 2).contiguous().transpose(1, 2) for factor in factors[2:]]
+
+
+# %%
 def queries_first(a_q, b_q, a_k, b_k):
     q = assemble(a_q, b_q)[0, 0] / (a_k.shape[2] * math.sqrt(b_k.shape[-1]))  # (h, d_h)
     p = b_k[0].transpose(0, 1) @ q.mT  # (R_K, M, h)
@@ -215,23 +223,23 @@ def table_first(a_q, b_q, a_k, b_k):
 
 
 # %%
-small = random_factors(1, 1, 16_384, h=34, d_h=64, ranks=(6, 2, 2), dtype=torch.float32)
+small = cached_factors(1, 16_384)
 torch.testing.assert_close(queries_first(*small[:4]), table_first(*small[:4]), rtol=1e-3, atol=1e-4)
 print(f"multiply–adds per token: table first {6 * 2 * 64 + 34 * 6 * 2}, queries first {2 * 34 * 64 + 34 * 2}")
 for order in (table_first, queries_first):
     print(f"{order.__name__:14s}{milliseconds(order, *small[:4]):6.1f} ms for the logits of 16,384 tokens")
 
 # %% [markdown]
-# The counts differ by a factor of 3.8; look at how far the times do. Reading the factors and writing tables of M × h
-# numbers costs both orders the same, and one larger product uses a processor better than two thin ones. The module
-# assembles the queries: R_Q is then free, one product per rank and block does the work, and there is one code path
-# for any R_Q. On a GPU, where arithmetic next to memory is nearly free, the choice is made again (notebook 10).
+# The counts differ by a factor of 3.8. Here the times differ much less than the counts: both orders read the same
+# factors and write tables of M × h numbers. The module assembles the queries: R_Q then costs nothing per cached
+# token, one product per rank and block does the work, and there is one code path for any R_Q. On a GPU, where
+# arithmetic next to memory is nearly free, the choice is made again (notebook 10).
 #
 # ## 5 · Softmax in pieces
 #
-# All logits of a decode step are h·M numbers, and the scaled weights R_V·h·M more. To keep memory bounded we want to
-# look at one block of positions at a time. But softmax needs all logits twice, once for the maximum and once for the
-# sum. Does it?
+# All logits of a decode step are h·M numbers, and the products α·a^V another R_V·h·M. To keep memory bounded we want
+# to look at one block of positions at a time. But softmax needs all logits twice, once for the maximum and once for
+# the sum. Does it?
 #
 # **Why a maximum at all.** exp overflows, and softmax does not change when the same number is subtracted from all
 # logits:
@@ -270,14 +278,15 @@ average, trace = online(logits, values, block=8)
 torch.testing.assert_close(average, logits.softmax(0) @ values, rtol=0, atol=1e-12)
 
 # %%
-fig, ax = plt.subplots()
+fig, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(7, 4.4))
 seen = [8 * (i + 1) for i in range(8)]
-ax.step(seen, [m for m, _ in trace], "s--", where="post", label="running maximum m")
-ax.plot(seen, [average for _, average in trace], "o-", label="running average y / s")
-ax.axhline(logits.softmax(0) @ values, color="black", linestyle=":", label="softmax average of all 64")
-ax.set(xlabel="positions seen", ylabel="value", xticks=seen)
-ax.set_title("After the last block the running average is exact")
-ax.legend(frameon=False, loc="center right")
+upper.step(seen, [m for m, _ in trace], "s--", where="post")
+lower.plot(seen, [average for _, average in trace], "o-")
+lower.axhline(logits.softmax(0) @ values, color="black", linestyle=":", label="softmax average of all 64")
+upper.set(ylabel="running maximum m")
+lower.set(xlabel="positions seen", ylabel="running average y / s", xticks=seen)
+upper.set_title("The running average moves with each block; after the last it is exact")
+lower.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
@@ -288,8 +297,8 @@ plt.show()
 #
 # Now the step that Algorithm 2 repeats, for one sequence and one query, in the shapes that the module uses. A table
 # has one row per position and one column per head. Two changes make it cheap on a CPU: exp2 is cheaper than exp, so
-# log₂e is multiplied into the queries once (2^(x·log₂e) = e^x); and positions are rows because `b_k @ q` is then
-# about twice as fast as `q @ b_k`.
+# log₂e is multiplied into the queries once (2^(x·log₂e) = e^x); and positions are rows because `b_k @ q` was about
+# twice as fast as `q.mT @ b_k.mT` on the CPUs we measured.
 
 
 # %%
@@ -375,12 +384,6 @@ def peak_megabytes(action, *arguments, **settings):
 
 
 # %%
-def cached_factors(T, M, ranks=(6, 2, 2), h=34, d_h=64):
-    """float32 factors with the memory order that FactorCache keeps: (B, R, M, ·) seen as (B, M, R, ·)."""
-    factors = random_factors(1, T, M, h, d_h, ranks, dtype=torch.float32)
-    return factors[:2] + [factor.transpose(1, 2).contiguous().transpose(1, 2) for factor in factors[2:]]
-
-
 def assemble_and_attend(*factors):
     return causal_attention(*(assemble(*factors[i : i + 2]) for i in (0, 2, 4)))
 
@@ -409,9 +412,9 @@ plt.show()
 assert peaks[8192][3] < 2 * formula[3]
 
 # %% [markdown]
-# Both contexts lie on one line, the two tables of R_K·h and R_V·h numbers per position of the block; at the small end
-# the outputs, which do not depend on the block, begin to show. Then why not tiny blocks? Each block costs a handful
-# of calls, whatever its size:
+# Both contexts lie on one line. It follows the dashed one, the two tables of R_K·h and R_V·h numbers per position of
+# the block; at the small end, where it is higher, the queries and the outputs show, which do not depend on the block.
+# Then why not tiny blocks? Each block costs a handful of calls, whatever its size:
 
 
 # %%
@@ -423,8 +426,9 @@ for block in (64, 512, 8192):
     print(f"block_size {block:5d}: {milliseconds(attend, step, 8191, block_size=block):7.1f} ms for one token")
 
 # %% [markdown]
-# So the default is a block of several thousand positions: the calls are few, and the tables still take megabytes
-# where K and V would take hundreds.
+# So the default is a block of 16,384 positions: the calls are few, and the tables take 4 bytes · (2 + 2) · 34 ·
+# 16,384, about 9 MB for the small model, at any longer context too. K and V of 16,384 positions take the 285 MB of
+# section 1, and grow.
 #
 # ## 8 · When it is *not* worth it
 #
@@ -433,12 +437,14 @@ for block in (64, 512, 8192):
 # pair. So the lines must cross:
 
 # %%
-M, queries = 2048, [1, 4, 16, 64, 256]
+M, queries = 1024, [1, 4, 16, 64, 256]
 in_factor_space, assembled = [], []
 for T in queries:
     step = cached_factors(T, M)
     in_factor_space.append(milliseconds(attend, step, M - T))
     assembled.append(milliseconds(assemble_and_attend, *step))
+ahead = [T for T, ours, theirs in zip(queries, in_factor_space, assembled) if ours < theirs]
+print("factor space was faster for T in", ahead)
 
 # %%
 fig, ax = plt.subplots()
@@ -455,9 +461,9 @@ plt.show()
 assert in_factor_space[0] < assembled[0] and in_factor_space[-1] > assembled[-1]
 
 # %% [markdown]
-# For one token, factor space wins clearly; for 256 it loses. That is why notebook 05's layer prefills and trains with
-# assembled K and V, and why `max_factor_space_tokens` is 16: a round number on the safe side on the CPUs we measured,
-# not a law.
+# For one token, factor space wins clearly; for 256 it loses. In this run the lines meet where the cell above says; a
+# busy machine, other ranks or a longer context move the place. So notebook 05's layer prefills and trains with
+# assembled K and V, and `max_factor_space_tokens` is 16: a safe choice on the CPUs we measured, not a law.
 #
 # **Higher ranks.** The paper's condition for less arithmetic than MHA (Eq. A.4) is R_Q R_K d_h + h R_Q R_K + h R_V
 # d_h < 2 h d_h. The last term alone reaches the right-hand side at R_V = 2. The paper's speed figures use ranks (16,
@@ -470,8 +476,8 @@ for h, d_h in ((34, 64), (32, 64), (64, 128)):
 
 # %% [markdown]
 # **Short contexts.** With a few hundred cached tokens attention is a small part of a step, and the other layers
-# decide. **Compared with GQA or MQA**, whose caches may be smaller still, nothing of the above is a saving: count for
-# the model that you have.
+# decide. **Compared with GQA or MQA** the saving is smaller, and may be none, since their caches can be smaller than
+# TPA's (05 §7): count for the model that you have.
 #
 # Where it *is* worth it is where it is used: a long cache, one or a few new tokens, and memory traffic as the limit.
 #
@@ -480,7 +486,8 @@ for h, d_h in ((34, 64), (32, 64), (64, 128)):
 # ### Exercise 06.1 · Two halves of a cache (15 minutes)
 # Fast GPU kernels cut the cache in two, let two groups of cores work at the same time, and merge. Each part arrives
 # as (m, s, y), with m and s of shape (h,), y of shape (h, d_h), and natural exponentials as in section 5. Write
-# `merge`, which returns (m, s, y) of both parts together. A part that has seen nothing is (−∞, 0, 0).
+# `merge`, which returns (m, s, y) of both parts together. A part that has seen nothing is (−∞, 0, 0); of the two, at
+# most one is such.
 
 
 # %% tags=["exercise"]
@@ -504,8 +511,8 @@ checks.ex06_1(merge)
 # %% [markdown]
 # ### Exercise 06.2 · Which order needs less arithmetic? (10 minutes)
 # Section 4 gave two ways to the logits: the table P first (Algorithm 1), or the queries assembled first. For which
-# ranks R_Q is the table cheaper, in multiply–adds per cached token? Return `"table"` or `"queries"`. First convince
-# yourself that R_K does not matter.
+# ranks R_Q is the table cheaper, in multiply–adds per cached token? Return `"table"` or `"queries"`; where both cost
+# the same, the table is not cheaper. First convince yourself that R_K does not matter.
 
 
 # %% tags=["exercise"]

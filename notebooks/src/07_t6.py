@@ -67,8 +67,7 @@ assert rms(plain).mean() > 100 * rms(normed).mean()
 
 # %% [markdown]
 # Without a norm each layer multiplies the stream's size by about √2, and 24 layers give √2²⁴ = 4,096. With it, each
-# layer adds a vector of size about 1, and 24 of them give about √25 = 5. A layer that knows the size of its input can
-# also be trained with one learning rate at any depth.
+# layer adds a vector of size about 1, and 24 of them give about √25 = 5.
 #
 # That is all RMSNorm does: divide each token's vector by its root mean square. LayerNorm would subtract the mean as
 # well, which the models since LLaMA leave out. PyTorch has it, with a tiny ε inside the root so that a vector of
@@ -104,7 +103,7 @@ torch.testing.assert_close(F.linear(g * n, W), F.linear(n, W * g), rtol=1e-4, at
 # \qquad \mathrm{silu}(z) = z\,\sigma(z)
 # $$
 #
-# In words: widen twice, squash one copy, multiply the two entry by entry, narrow again.
+# In words: widen twice, pass one copy through silu, multiply the two entry by entry, narrow again.
 
 # %%
 z = torch.linspace(-6, 4, 200)
@@ -113,11 +112,12 @@ for up, line in ((2, "-"), (1, "--"), (-1, ":")):
     ax.plot(z, F.silu(z) * up, line)
     ax.text(4.1, F.silu(z[-1]) * up, f"up = {up}", va="center")
 ax.set(xlabel="gate, one entry of W_gate x", ylabel="silu(gate) · up", xlim=(-6, 5.2))
-ax.set_title("A negative gate shuts `up` out, a positive one scales it")
+ax.set_title("A very negative gate shuts “up” out, a positive one scales it")
 plt.show()
 
 # %% [markdown]
-# To the left every curve is pressed to zero, whatever `up` is; to the right `up` passes in proportion to the gate.
+# To the left every curve is pressed to zero, whatever `up` is; to the right `up` passes in proportion to the gate. In
+# between, around gate = −1, a little of it passes with its sign reversed.
 #
 # Three matrices instead of two: at which width are the weights the same? A classic layer has 2·d·4d = 8d²; three
 # matrices of width d_ff have 3·d·d_ff; so d_ff = ⌊8/3·d⌋. That is the default of `T6Config`.
@@ -369,7 +369,8 @@ def matching_heads(weights, d):
 torch.testing.assert_close(matching_heads(WEIGHTS["TPA"], 768), (4 * 768 - 640) / 74)
 
 # %% [markdown]
-# Here are the paper's choices (its table of model sizes, Table 10) beside ours, for all four sizes.
+# Here are the paper's choices (its table of model sizes, Table 10) beside ours, for all four sizes (KV-only: full
+# queries, only K and V factorized).
 
 # %% claim="table-10" tags=["nbval-check-output"]
 PAPER_HEADS = {  # MHA, MQA, GQA-2, KV-only, TPA
@@ -387,7 +388,7 @@ for d, paper in PAPER_HEADS.items():
 # %% [markdown]
 # Left of each arrow is what the budget gives, right of it what the paper used. All agree to the nearest whole number
 # but two: at the small size KV-only has 22 where 21.33 is exact and TPA 34 where 32.86 is exact, about 3 % over the
-# budget.
+# budget. (MLA, next, is the third exception at that size.)
 #
 # **MLA** has two widths of its own, d_c for the cached latent and d'_c for the queries' (notebook 01):
 
@@ -405,11 +406,11 @@ for d, h, d_c, d_q in ((768, 12, 256, 512), (1024, 23, 512, 1024), (1280, 34, 51
     )
 
 # %% [markdown]
-# At the three larger sizes the numbers do not fit together. Taking d_c and d'_c as the table states them, MLA's
-# layers have about 1.6 times the budget; taking 256 and 512, the stated head counts follow to the nearest whole
-# number. The authors' published training configurations combine the larger widths with these head counts, so their
-# larger MLA baselines probably had *more* weights than the other models. That does not favour TPA, but it is good to
-# know when you read the comparison.
+# At the small size the budget gives 13.3 heads, and the paper has 12. At the three larger sizes the numbers do not
+# fit together. Taking d_c and d'_c as the table states them, MLA's layers have about 1.6 times the budget; taking 256
+# and 512, those three head counts follow to the nearest whole number. The authors' published training configurations
+# combine the larger widths with these head counts, so their larger MLA baselines probably had *more* weights than the
+# other models. That does not favour TPA, but it is good to know when you read the comparison.
 #
 # Formulas can be wrong in the same way twice, so count the weights of real layers too. On the `meta` device a model
 # has shapes but no numbers, and a 1.5 B model is built in a moment.
@@ -547,9 +548,9 @@ for mechanism in (TensorProductAttention, MultiHeadAttention):
 # ## Exercises
 #
 # ### Exercise 07.1 · A budget for another layer (10 minutes)
-# A variant of TPA shares the feature factors of keys and values: B_K = B_V, so only one of the two is computed, and
-# R_K = R_V = R (head factors stay separate; queries and output matrix are as in TPA). How many heads give this layer
-# the 4·d_model² weights of MHA? Return the nearest whole number. Write down its weights first.
+# A variant of TPA shares the feature factors of keys and values: B_K = B_V before the rotation, so only one of the two
+# is computed, and R_K = R_V = R (head factors stay separate; queries and output matrix are as in TPA). How many heads
+# give this layer the 4·d_model² weights of MHA? Return the nearest whole number. Write down its weights first.
 
 
 # %% tags=["exercise"]
@@ -570,7 +571,8 @@ checks.ex07_1(shared_b_heads)
 # %% [markdown]
 # ### Exercise 07.2 · Nucleus sampling (20 minutes)
 # Top-k keeps k tokens whether the model is sure or not. *Top-p* keeps as few tokens as reach probability p together:
-# sort by probability, add up, stop as soon as the sum is **p or more**; the token that crosses the line is kept.
+# sort by probability, add up, stop as soon as the sum is **p or more**; the token that crosses the line is kept. Of
+# equal tokens at the line keep only as many as are needed, no matter which: a threshold on the values would keep all.
 # Write `top_p(logits, p)`: logits (B, vocab) with everything outside each row's nucleus set to −∞.
 
 
@@ -621,8 +623,8 @@ checks.ex07_3(moved_by_the_first_step)
 #   one.
 # - SwiGLU gates one widened copy of the token with another; ⌊8/3·d_model⌋ gives it the weights of the classic layer.
 # - Blocks start as the identity, because both output matrices start at zero.
-# - Weights of an attention layer are linear in h. Spending MHA's 4·d_model² gives TPA (6, 2, 2) 34, 47, 61 and 78
-#   heads, as in the paper to one head.
+# - Weights of an attention layer are linear in h. Spending MHA's 4·d_model² gives TPA (6, 2, 2) 33, 47, 61 and 78
+#   heads; the paper has 34 at the small size and the same at the others.
 # - `generate` prefills once and then decodes one token at a time; the cache changes the time, not the text.
 #
 # Every line of `tpa_minimal/tpa.py` has now been derived. **Next:** [08 · Train on

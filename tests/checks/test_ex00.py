@@ -15,6 +15,8 @@ def test_the_solution_is_accepted():
         (lambda h, d: h * d, "keys only"),
         (lambda h, d: 2 * d, "each of the n_head heads"),
         (lambda h, d: 3 * h * d, "queries are not kept"),
+        (lambda h, d: 2 * h * d * 2, "looks like bytes"),
+        (lambda h, d: 2 * h * d * 4, "looks like bytes"),
         (lambda h, d: h + d, "you say 76"),
         (lambda h: h, "your code raised TypeError"),
     ],

@@ -17,6 +17,11 @@ def append(room, length, new, *, check=True, check_shape=True, strict=False, at=
     return room[:, :, :end]
 
 
+def with_assert(room, length, new):
+    assert length + new.shape[2] <= room.shape[2] and new.shape[:2] == room.shape[:2]
+    return append(room, length, new)
+
+
 def write_then_check(room, length, new):
     end = min(length + new.shape[2], room.shape[2])
     room[:, :, length:end] = new[:, :, : end - length]
@@ -71,6 +76,7 @@ def test_accepts_the_solution_and_knows_a_stub(check, solution):
         (lambda room, n, new: append(room, n, new, check=False, check_shape=False), "5 held and 2 new"),
         (lambda room, n, new: append(room, n, new, check_shape=False), "broadcasts without a word"),
         (write_then_check, "only after writing"),
+        (with_assert, "raise ValueError"),
         (lambda room, n, new: None, "return the tensor"),
     ],
 )
@@ -91,7 +97,8 @@ def test_05_1_diagnoses(attempt, says, capsys):
         (lambda c, n, b, w: n // ((c.rank_q + c.rank_k + c.rank_v) * (c.n_head + c.d_head) * c.n_layer * b * w), "R_Q"),
         (lambda c, n, b, w: n // (2 * c.rank_k * (c.n_head + c.d_head) * c.n_layer * b * w), "can differ"),
         (lambda c, n, b, w: context(c, n, b, w) + 1, "rounded up"),
-        (lambda c, n, b, w: 7, "you say 7"),
+        (lambda c, n, b, w: min(context(c, n, b, w), c.max_len), "max_len has no place"),
+        (lambda c, n, b, w: 7, "bytes_per_number=2 you say 7"),
     ],
 )
 def test_05_2_diagnoses(attempt, says, capsys):
@@ -107,7 +114,7 @@ def test_05_2_diagnoses(attempt, says, capsys):
         (["healthy", "batch", "rounding", "window"], "fourth digit"),
         (["rounding", "batch", "window", "healthy"], "context is short"),
         (["window", "batch", "healthy", "rounding"], "a little wrong"),
-        (["healthy"] * 4, "each once"),
+        (["healthy"] * 4, "each once, in the patients' order"),
     ],
 )
 def test_05_3_diagnoses(answer, says, capsys):

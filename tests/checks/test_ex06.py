@@ -17,6 +17,16 @@ def merge(one, two, *, which=torch.maximum, sense=1, both=True, scale_s=True, sc
     return m, s, y
 
 
+def merge_with_exp2(one, two):
+    m = torch.maximum(one[0], two[0])
+    f_1, f_2 = (one[0] - m).exp2(), (two[0] - m).exp2()
+    return m, one[1] * f_1 + two[1] * f_2, one[2] * f_1[:, None] + two[2] * f_2[:, None]
+
+
+def only_the_first_may_be_empty(one, two):
+    return merge(one, two) if two[1].all() else two
+
+
 def mean_of_averages(one, two):
     m, s, _ = merge(one, two)
     return m, s, s[:, None] * (one[2] / one[1][:, None] + two[2] / two[1][:, None]) / 2
@@ -64,6 +74,8 @@ def test_accepts_the_solution_and_knows_a_stub(check, solution):
         (lambda a, b: (a[0] + b[0], merge(a, b)[1], a[2]), "larger of the two"),
         (mean_of_averages, "mean of the two averages"),
         (through_the_averages, "seen nothing"),
+        (only_the_first_may_be_empty, "seen nothing"),
+        (merge_with_exp2, "natural exponentials"),
         (lambda a, b: merge(a, b)[2] / merge(a, b)[1][:, None], "three tensors"),
     ],
 )
@@ -78,6 +90,9 @@ def test_06_1_diagnoses(attempt, says, capsys):
         (lambda h, d, q: "queries" if order(h, d, q) == "table" else "table", "other way round"),
         (lambda h, d, q: "table" if q * d < h * d else "queries", "weighs its table"),
         (lambda h, d, q: "table" if q < d else "queries", "R_Q against d_h"),
+        (lambda h, d, q: "table" if q * (d + h) <= h * (d + 1) else "queries", "both cost 36"),
+        (lambda h, d, q: "table" if q * (d + h) < h * d else "queries", "a_k weighs each"),
+        (lambda h, d, q: "table" if q * (d + h) <= h * d else "queries", "you say queries"),
         (lambda h, d, q: "table", "depends on R_Q"),
         (lambda h, d, q: q * d < h * d, 'return "table"'),
         (lambda h, d, q: "table" if q < 2 else "queries", "you say queries"),

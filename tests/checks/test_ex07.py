@@ -23,6 +23,13 @@ def nucleus(logits, p, *, descending=True, inclusive=True, unsort=True, flat=Fal
     return logits.masked_fill(outside, -math.inf).view(shape)
 
 
+def by_threshold(logits, p):
+    ordered = logits.sort(dim=-1, descending=True).values
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    lowest = ordered.masked_fill(before >= p, math.inf).amin(-1, keepdim=True)
+    return logits.masked_fill(logits < lowest, -math.inf)
+
+
 def in_place(logits, p):
     return logits.copy_(nucleus(logits, p))
 
@@ -44,6 +51,7 @@ def test_accepts_the_solution(check, solution):
     [
         (lambda d, w, q, r: round((4 * d - (q + 2 * r) * w) / (q + 2 * r + w)), "computed once"),
         (lambda d, w, q, r: round((4 * d - (q + r) * w) / (q + r + w)), "head factors too"),
+        (lambda d, w, q, r: round((4 * d - (q + 2 * r) * w) / (q + r + w)), "head factors instead"),
         (lambda d, w, q, r: round((4 * d - (q + r) * w) / (q + 2 * r)), "output matrix is missing"),
         (lambda d, w, q, r: round(4 * d / (q + 2 * r + w)), "feature factors are missing"),
         (lambda d, w, q, r: (4 * d - (q + r) * w) // (q + 2 * r + w), "rounded down"),
@@ -68,6 +76,9 @@ def test_07_1_diagnoses(attempt, says, capsys):
         (in_place, "have changed"),
         (lambda x, p: nucleus(x, p)[:1], "shape"),
         (lambda x, p: nucleus(x, p + 1e-3), "stop at p or more"),
+        (by_threshold, "equal tokens"),
+        (lambda x, p: nucleus(x, p).softmax(-1), "looks like probabilities"),
+        (lambda x, p: nucleus(x, p).exp(), "looks like probabilities"),
         (lambda x, p: nucleus(x, min(p, 0.9)), "p = 1"),
     ],
 )
@@ -90,6 +101,11 @@ def test_07_2_diagnoses(attempt, says, capsys):
 def test_07_3_diagnoses(answer, says, capsys):
     assert checks.ex07_3(lambda: answer) == "fail"
     assert says in capsys.readouterr().out
+
+
+def test_07_3_with_gradients_off():
+    with torch.no_grad():
+        assert checks.ex07_3(lambda: MOVED) == "ok"
 
 
 def test_todo_and_broken_code(capsys):

@@ -32,6 +32,8 @@ def places(L, n, M, w):
         (lambda L, h, d, k, v, M, B, s, n, w: (k + v) * (h + d) * L * M * B * s, "local layers keep"),
         (lambda L, h, d, k, v, M, B, s, n, w: (k + v) * (h + d) * ((L - n) * M + n * w) * B * s, "shorter than the"),
         (lambda L, h, d, k, v, M, B, s, n, w: (k + v) * (h + d) * n * min(M, w) * B * s, "only the local layers"),
+        (lambda L, h, d, k, v, M, B, s, n, w: (k + v) * (h + d) * places(L, L - n, M, w) * B * s, "swapped"),
+        (lambda L, h, d, k, v, M, B, s, n, w: (k + v) * (h + d) * (L * M + n * min(M, w)) * B * s, "counted twice"),
         (lambda *_: 1, "and it is"),
     ],
 )
@@ -61,6 +63,7 @@ def test_the_largest_rank():
         (lambda h, d, G, t: max(1, math.floor(G * d / (t * (h + d)))), "the answer is 0"),
         (lambda h, d, G, t: math.floor(G * d / (h + d)), "`times` is not used"),
         (lambda h, d, G, t: G * d / (t * (h + d)), "whole number"),
+        (lambda h, d, G, t: G * d // (t * (h + d)), "// of floats gives 3.0"),
         (lambda h, d, G, t: 7, "and it is"),
     ],
 )
