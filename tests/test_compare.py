@@ -85,11 +85,19 @@ def test_student_s_table():
 
 def test_the_best_rate_is_the_one_with_the_lowest_mean_loss():
     def row(cell, lr, loss, **other):
-        return {"experiment": "rates", "cell": cell, "lr": lr, "val_loss": loss, "failed": None, **other}
+        common = {"experiment": "rates", "data": "lessons", "failed": None}
+        return {**common, "cell": cell, "lr": lr, "val_loss": loss, **other}
 
     rows = [row("tpa", 1, 2.0), row("tpa", 2, 1.0), row("tpa", 1, 1.4), row("tpa", 2, 2.6), row("mha", 2, 1.0)]
     rows += [row("mha", 1, None, failed="nan"), row("mha", 1, 0.5, experiment="mechanisms")]
-    assert compare.best_rates(rows) == {"tpa": 1, "mha": 2}
+    assert compare.best_rates(rows, "lessons") == {"tpa": 1, "mha": 2}
+    # What was sought on the data itself counts there, and there alone.
+    rows += [row("mha", 3, 9.0, data="fineweb-edu")]
+    assert compare.best_rates(rows, "lessons") == {"tpa": 1, "mha": 2}
+    assert compare.best_rates(rows, "fineweb-edu") == {"tpa": 1, "mha": 3}
+    rows += [row("mha", lr, 1.0, data="fineweb-edu", experiment="mechanisms") for lr in (2, 3)]
+    rows += [row("tpa-1-1-1", lr, 1.0, data="fineweb-edu", experiment="ranks") for lr in (1, 2)]
+    assert [(r["cell"], r["lr"]) for r in compare.compared(rows, "fineweb-edu")] == [("mha", 3), ("tpa-1-1-1", 1)]
 
 
 def test_a_cut_line_is_left_out_and_does_not_spoil_the_next(tmp_path):
@@ -163,6 +171,7 @@ def test_a_run_that_diverges_is_a_row_and_is_shown(tmp_path, capsys):
     [
         ("mechanisms", "holds no learning rate for gqa, mha, mla, mqa, tpa, tpa-kv-only; run the experiment `rates`"),
         ("mechanisms --lr 1e-3 --cells tpa nonsense", "--cells nonsense: does not exist; choose from tpa"),
+        ("mechanisms --data auto", "--data auto: rows must say what they are about"),
         ("rates --seeds 0", "--seeds 0: must be 1 or more"),
         ("rates --steps 0", "--steps 0: must be a whole number"),
     ],

@@ -235,20 +235,33 @@ def paired_difference(rows: list[dict], cell: str, baseline: str = "mha", measur
     return Interval(mean, mean - half, mean + half, n)
 
 
-def best_rates(rows: list[dict]) -> dict[str, float]:
-    """For each cell of the experiment "rates" the learning rate with the lowest mean loss on held-out documents."""
-    losses: dict[str, dict[float, list]] = {}
-    for row in rows:
-        if row["experiment"] == "rates" and not row["failed"]:
-            losses.setdefault(row["cell"], {}).setdefault(row["lr"], []).append(row["val_loss"])
-    return {cell: min(by_rate, key=lambda lr: statistics.fmean(by_rate[lr])) for cell, by_rate in losses.items()}
+def best_rates(rows: list[dict], source: str) -> dict[str, float]:
+    """For each cell of the experiment "rates" the learning rate with the lowest mean loss on held-out documents.
+
+    A rate that was sought on the data `source` counts there; otherwise one that was sought on other data.
+    """
+    rated = [row for row in rows if row["experiment"] == "rates" and not row["failed"]]
+    found = {}
+    for cell in dict.fromkeys(row["cell"] for row in rated):
+        own = [row for row in rated if row["cell"] == cell]
+        losses: dict[float, list[float]] = {}
+        for row in [row for row in own if row["data"] == source] or own:
+            losses.setdefault(row["lr"], []).append(row["val_loss"])
+        found[cell] = min(losses, key=lambda lr: statistics.fmean(losses[lr]))
+    return found
+
+
+def compared(rows: list[dict], source: str) -> list[dict]:
+    """The rows to compare: those of the data `source`, each cell at its own best rate, the search for it left out."""
+    rates = best_rates(rows, source)
+    chosen = [row for row in rows if row["data"] == source and row["experiment"] != "rates" and not row["failed"]]
+    return [row for row in chosen if row["lr"] == rates.get(base(row["cell"]), row["lr"])]
 
 
 def table(rows: list[dict]) -> Iterator[str]:
     """The results as Markdown, one table for each data set and length of training; failed runs are listed below."""
-    compared = [row for row in rows if row["experiment"] != "rates"]
-    for key in sorted({(row["data"], row["preset"], row["steps"]) for row in compared}):
-        group = [row for row in compared if (row["data"], row["preset"], row["steps"]) == key and not row["failed"]]
+    for key in sorted({(row["data"], row["preset"], row["steps"]) for row in rows if row["experiment"] != "rates"}):
+        group = [row for row in compared(rows, key[0]) if (row["preset"], row["steps"]) == key[1:]]
         yield "{}, {}, {:,} steps".format(*key)
         yield ""
         head = "attention|heads|weights in a layer|cache, bytes per token|learning rate|held-out loss|bits per byte"
@@ -277,6 +290,13 @@ def table(rows: list[dict]) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------- command line
 
 
+def source_name(source: str) -> str:
+    """What rows call their data: a known source by its name, files by their last name alone."""
+    if source == "auto":
+        raise train.SettingError("--data auto: rows must say what they are about; name the data")
+    return source if source in ("fineweb-edu", "lessons") else Path(source).name
+
+
 def plan(options: argparse.Namespace, rows: list[dict]) -> list[tuple[str, int, float]]:
     """The runs of an experiment: (cell, seed, learning rate), with the seeds outermost."""
     peak = options.lr or train.DEFAULTS[options.preset]["lr"]
@@ -288,7 +308,7 @@ def plan(options: argparse.Namespace, rows: list[dict]) -> list[tuple[str, int, 
     if options.experiment == "rates":
         seeds = range(RATE_SEEDS, RATE_SEEDS + options.seeds)
         return [(name, seed, factor * peak) for seed in seeds for factor in RATES for name in names]
-    rates = {} if options.lr else best_rates(rows)
+    rates = {} if options.lr else best_rates(rows, source_name(options.data))
     missing = sorted({base(name) for name in names} - rates.keys()) if not options.lr else []
     if missing:
         raise train.SettingError(
@@ -352,7 +372,7 @@ def _work(options: argparse.Namespace, rank: int, count: int) -> int:
     )  # fmt: skip
     token_data = _prepare(settings, rank, count)
     common = {
-        "data": token_data.source if settings.data == "auto" else Path(settings.data).name,
+        "data": source_name(options.data),
         "sha256": token_data.meta["sha256"]["train"][:16],
         "tokenizer": token_data.tokenizer.name,
         "vocab_size": token_data.vocab_size,

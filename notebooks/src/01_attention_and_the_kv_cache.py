@@ -450,7 +450,7 @@ for name, keys in (("MHA", k_all), ("GQA", k_gqa), ("MQA", k_mqa), ("MLA", k_mla
 # What does this weigh in a model of the paper's small size? All rows have about equally many attention parameters:
 # mechanisms with smaller key and value projections get more heads for it, which is why the number of heads differs
 # (paper, App. H; MLA, whose compression has projections of its own, keeps 12). TPA's number is $(R_K + R_V)(h + d_h)$;
-# notebook 02 derives it.
+# notebooks 02 and 05 show why.
 
 # %% claim="table-1-cache-small"
 d_head = 64
@@ -476,8 +476,8 @@ plt.show()
 # nine benchmarks (zero-shot; its Sec. 6) of 46.19 for MHA, 46.20 for MLA, 46.21 for TPA, 45.14 for MQA and 45.04 for
 # GQA: the first three tie within any plausible noise (single runs, no error bars), and the two that share fixed heads
 # are about a point behind. At the medium size even that order changes: MQA 50.44, GQA 50.35, MLA 50.13, MHA 50.11, and
-# TPA ahead with 51.41. The paper also advertises cache savings of ten times and more; where those come from (rank 1,
-# many and wide heads) is a matter of notebook 09.
+# TPA ahead with 51.41 (how many weights MLA had there is not clear: notebook 07). The paper also advertises cache
+# savings of ten times and more; where those come from (rank 1, many and wide heads) is a matter of notebook 09.
 
 # %% [markdown]
 # ## Exercises

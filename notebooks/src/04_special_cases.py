@@ -19,8 +19,9 @@
 # (filled in by notebooks/build.py)
 
 # %% [markdown]
-# Is TPA a rival of multi-head attention, or a larger family that contains it? The paper's Sec. 4 shows the second: fix
-# the head factors $A$ to certain constants, and TPA *is* MHA, MQA or GQA. Not approximately: the same function. This is
+# Is TPA a rival of multi-head attention, or a larger family that contains it? The paper's Sec. 4 shows the second, if
+# the family is taken widely: let the head factors $A$ be constants instead of functions of the token, choose them
+# well, and TPA *is* MHA, MQA or GQA. Not approximately: the same function. This is
 # worth an hour because it tells you what each mechanism assumes, what it caches, and what TPA's contextual factors
 # really add.
 #

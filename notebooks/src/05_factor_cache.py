@@ -352,6 +352,7 @@ plt.show()
 # many heads; GQA with two KV heads and MQA hold less than TPA, and the paper's case against them is quality, not
 # bytes. "10× and more" is a ratio to MHA with as many heads, and needs many wide heads at a low rank: with h = 64, d_h
 # = 128 and R_K = R_V = 1 it is 384 against 16,384, or 42.7× (21.3× with rank 2).
+# With high ranks it turns round: (R_K + R_V)(h + d_h) exceeds MHA's 2·h·d_h once R_K + R_V > 2·h·d_h / (h + d_h).
 #
 # ## 8 · Six bugs, planted
 #

@@ -71,8 +71,8 @@ print(f"read from the cache {cached / 1e6:.1f} MB; K and V, rebuilt at each step
 # $$
 #
 # In words: compare the feature factors once, in a small R_Q × R_K table P, and let each head weigh the table with its
-# own head factors. **P has no head index.** All heads share the only products that run over d_h; that is where the
-# saving comes from.
+# own head factors. **P has no head index.** For the logits, all heads share the only products that run over d_h; that is
+# where the paper's saving comes from.
 #
 # The output is simpler still, since the weights α multiply V linearly: $O_{i,t} = \frac{1}{R_V}\sum_s \sum_u
 # \alpha_{i,t,s}\, a^V_{s,u,i}\, b^V_{s,u}$.
@@ -182,7 +182,8 @@ assert tpa.decode_multiply_adds(1) == tpa_cost(34, 64, 6, 2, 2)
 print(f"per cached token: TPA, 34 heads, {tpa.decode_multiply_adds(1)}; MHA, 12 heads, {mha.decode_multiply_adds(1)}")
 
 # %% [markdown]
-# 3.9 times fewer bytes, 3.6 times more arithmetic. (MHA with 34 heads would need 4,352.)
+# 3.9 times fewer bytes, 3.6 times more arithmetic, in the order of the paper's Algorithm 1. (MHA with 34 heads would
+# need 4,352.)
 #
 # ### Another order: queries first
 # Sums can be done in another order. In a decode step there are few queries, so one may assemble **q** (never K) and
@@ -231,9 +232,10 @@ for order in (table_first, queries_first):
 
 # %% [markdown]
 # The counts differ by a factor of 3.8. Here the times differ much less than the counts: both orders read the same
-# factors and write tables of M × h numbers. The module assembles the queries: R_Q then costs nothing per cached
-# token, one product per rank and block does the work, and there is one code path for any R_Q. On a GPU, where
-# arithmetic next to memory is nearly free, the choice is made again (notebook 10).
+# factors and write tables of M × h numbers. The module assembles the queries although that counts more, with the values
+# (R_K + R_V)·h·(d_h + 1), which is never less than MHA with the same heads needs: what it runs are large products, which
+# processors do quickly, whatever R_Q is, and its gain is in bytes. At R_Q = 16, the rank of the paper's speed figures,
+# the counts lie closer together (exercise 06.2). The kernel of notebook 10 makes the same choice.
 #
 # ## 5 · Softmax in pieces
 #
@@ -465,8 +467,8 @@ assert in_factor_space[0] < assembled[0] and in_factor_space[-1] > assembled[-1]
 # busy machine, other ranks or a longer context move the place. So notebook 05's layer prefills and trains with
 # assembled K and V, and `max_factor_space_tokens` is 16: a safe choice on the CPUs we measured, not a law.
 #
-# **Higher ranks.** The paper's condition for less arithmetic than MHA (Eq. A.4) is R_Q R_K d_h + h R_Q R_K + h R_V
-# d_h < 2 h d_h. The last term alone reaches the right-hand side at R_V = 2. The paper's speed figures use ranks (16,
+# **Higher ranks.** In Algorithm 1's order the condition for less arithmetic than MHA (Eq. A.4) is R_Q R_K d_h +
+# h R_Q R_K + h R_V d_h < 2 h d_h. The last term alone reaches the right-hand side at R_V = 2. The paper's speed figures use ranks (16,
 # 1, 1); its quality tables use (6, 2, 2), which does not meet it:
 
 # %% claim="equation-a4" tags=["nbval-check-output"]
@@ -556,8 +558,8 @@ checks.ex06_3(largest_rank_q)
 #   and V are never built.
 # - Online softmax: keep m, s and y; when the maximum grows, multiply s and y by e^(m − m′). With it, temporary memory
 #   follows the block and not the context.
-# - Multiply–adds per cached token: R_Q R_K d_h + h R_Q R_K + h R_V d_h, the paper's App. A.4. Only R_V = 1 can need
-#   fewer than MHA.
+# - Multiply–adds per cached token in Algorithm 1's order: R_Q R_K d_h + h R_Q R_K + h R_V d_h (App. A.4); only R_V = 1
+#   can need fewer than MHA. The module's order, queries first, never does: it saves bytes, not arithmetic.
 # - For many new tokens, assemble K and V once and use the fused kernel.
 #
 # **Next:** [07 · T6](07_t6.ipynb) puts the layer into a language model.

@@ -390,7 +390,7 @@ for d, paper in PAPER_HEADS.items():
 # but two: at the small size KV-only has 22 where 21.33 is exact and TPA 34 where 32.86 is exact, about 3 % over the
 # budget. (MLA, next, is the third exception at that size.)
 #
-# **MLA** has two widths of its own, d_c for the cached latent and d'_c for the queries' (notebook 01):
+# **MLA** has two widths of its own, d_c for the cached latent and d'_c for the queries', which it compresses too (App. H):
 
 
 # %% claim="table-10-mla" tags=["nbval-check-output"]

@@ -320,9 +320,9 @@ for key, value in result["environment"].items():
     print(f"{key:24} {value:.1f}" if isinstance(value, float) else f"{key:24} {value}")
 
 # %%
-shown = ["MHA", "GQA-4", "MLA", "TPA (16, 1, 1)", "TPA (16, 2, 2)"]
+shown = ["MHA", "MLA", "GQA-4", "MQA", "TPA (16, 1, 1)", "TPA (16, 2, 2)"]
 fig, ax = plt.subplots(figsize=(7, 4))
-for name, marker, line in zip(shown, "osD^v", ("-", "--", ":", "-", "-.")):
+for name, marker, line in zip(shown, "oDs*^v", ("-", ":", "--", ":", "-", "-.")):
     rows = [row for row in result["rows"] if row["mechanism"] == name and row["way"] != "triton"]
     ax.plot([row["context"] for row in rows], [row["median_ms"] for row in rows], marker=marker, ls=line, label=name)
 speed = result["environment"]["copy_bandwidth_GB_per_s"] * 1e6  # bytes per millisecond
@@ -332,7 +332,7 @@ ax.plot(
 )
 ax.set(yscale="log", xlabel="context, tokens", ylabel="milliseconds (median)")
 ax.set_xscale("log", base=2)
-ax.set_title("TPA decodes in the time of its few bytes and its arithmetic")
+ax.set_title("On this CPU TPA decodes far faster than MHA, about as fast as GQA and MQA")
 ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
