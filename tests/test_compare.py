@@ -214,3 +214,11 @@ def test_published_rows():
             )
         recorded = ("n_head", "parameters", "layer_parameters", "cache_bytes_per_token")
         assert models[key] == tuple(row[name] for name in recorded), row["cell"]
+
+
+@pytest.mark.skipif(not compare.MEASURED.exists(), reason="no rows have been published")
+def test_the_readme_shows_what_the_rows_say():
+    lines = list(compare.table(compare.read_rows(compare.MEASURED)))
+    readme = (compare.MEASURED.parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+    shown = [line for line in readme if re.match(r"\| \S+ \(\d+ runs\)", line)]
+    assert shown and set(shown) <= set(lines)
