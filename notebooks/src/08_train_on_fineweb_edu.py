@@ -541,7 +541,7 @@ searched = ("mha", "mla", "tpa", "tpa-heads-of-mha", "tpa-init-authors")  # the 
 real = [row for row in compare.compared(rows, "fineweb-edu") if row["cell"] in searched]
 print(f"lowest loss at step {min(row['val_step'] for row in real)} or later, after {real[0]['epochs']:.2f} passes")
 for cell in searched:
-    own = [row for row in real if row["cell"] == cell]
+    own = sorted((row for row in real if row["cell"] == cell), key=lambda row: row["seed"])
     losses = "  ".join(f"{row['val_loss']:.3f}" for row in own)
     bits = np.mean([row["bits_per_byte"] for row in own])
     difference = "" if cell == "mha" else compare.paired_difference(real, cell)
