@@ -507,9 +507,9 @@ plt.show()
 
 # %% [markdown]
 # To the lower left is better. Along each line more rank lowers the loss and costs cache; with $R_Q = 1$ the queries are so
-# poor that the line starts far above. But no point of TPA lies below the squares: at this size MQA and GQA have less
-# loss *and* less cache than TPA at the same weights. (In the paper's tables it is not so; see below.) There are two
-# seeds for each combination of ranks, so neighbouring points should not be ranked against each other.
+# poor that the line starts far above. But at this size no TPA has less loss than GQA, and none less cache than MQA, at
+# the same weights. (In the paper's tables TPA scores higher than both; see below.) There are two seeds for each
+# combination of ranks, so neighbouring points should not be ranked against each other.
 #
 # On the right there is nothing to compare. Having read 300,000 tokens, all models guess between the two facts. Recall
 # through attention has to be learned, and these runs end before that happens.
