@@ -230,7 +230,7 @@ def factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, *, start: int, block_size: in
 
     a_q (B, T, R_Q, h), b_q (B, T, R_Q, d_h): factors of T queries at positions start, start + 1, ...
     a_k, b_k, a_v, b_v: factors of M positions from 0 on, in the same layout, any ranks.
-    Returns (B, T, h, d_h). A block has block_size / T positions, so temporary memory is about
+    Returns (B, T, h, d_h). A block has block_size / T positions, so temporary memory is at most about
     B · (R_K + R_V) · h · block_size numbers, whatever M and T are.
     """
     (B, T, _, h), (M, rank_k, d_head), rank_v = a_q.shape, b_k.shape[1:], b_v.shape[2]
@@ -248,13 +248,14 @@ def factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, *, start: int, block_size: in
         y = q.new_zeros(B, T, h, d_head)  # running Σ 2^(logit - m) · v
         table = scaled = None
         if not torch.is_grad_enabled():  # autograd must keep all tables; else new ones would cost page faults per block
-            table, scaled = q.new_empty(B * rank_k, n, T * h), q.new_empty(B, rank_v, n, T, h)
-        for first in range(0, end, n):
+            table = q.new_empty(B * rank_k, n, T * h)
+            # With one value rank the scaled weights may take the weights' place.
+            scaled = q.new_empty(B, rank_v, n, T, h) if rank_v > 1 else table.view(B, rank_k, n, T, h)[:, :1]
+        blocks = (factor[:, :end].transpose(1, 2).split(n, dim=2) for factor in (a_k, b_k, a_v, b_v))
+        for first, *block in zip(range(0, end, n), *blocks):
+            a_kb, b_kb, a_vb, b_vb = (factor.to(dtype) for factor in block)  # (B, R, n, ·)
             if end - first < n:
                 n, table, scaled = end - first, None, None
-            a_kb, b_kb, a_vb, b_vb = (
-                factor[:, first : first + n].to(dtype).transpose(1, 2) for factor in (a_k, b_k, a_v, b_v)
-            )  # (B, R, n, ·)
             # ⟨q, b_k,r⟩ for each rank r. With positions as rows, not columns, this product is twice as fast on a CPU.
             p = torch.bmm(b_kb.reshape(-1, n, d_head), q, out=table).view(B, rank_k, n, T, h)
             a_kb, a_vb = a_kb.unsqueeze(3), a_vb.unsqueeze(3)  # (B, R, n, 1, h)
@@ -271,7 +272,7 @@ def factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, *, start: int, block_size: in
             weights_v = torch.mul(weights.unsqueeze(1), a_vb, out=scaled)  # (B, R_V, n, T, h)
             # A CPU gives each thread whole products, so a single long sum over n is cut into shorter ones.
             pieces = math.gcd(n, 8) if B * rank_v == 1 else 1
-            o = weights_v.reshape(-1, n // pieces, T * h).mT @ b_vb.reshape(-1, n // pieces, d_head)
+            o = torch.bmm(weights_v.reshape(-1, n // pieces, T * h).mT, b_vb.reshape(-1, n // pieces, d_head))
             y = y * shrink.unsqueeze(-1) + o.view(B, -1, T, h, d_head).sum(1)
             m = m_new
     return (y / (s.unsqueeze(-1) * rank_v)).to(b_q.dtype)

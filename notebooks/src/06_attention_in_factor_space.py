@@ -337,9 +337,10 @@ torch.testing.assert_close((y / s[:, None] / 3)[None, None], algorithm_1(a_q, b_
 
 # %% [markdown]
 # Find the steps of `add_block` in it: the product `p`, the logits as a sum over ranks r, the mask, `m_new`,
-# `weights`, `shrink`, `s`, `y`. What remains is for speed: `table` and `scaled` are written over in each block, since
-# asking the system for fresh memory every time costs more than the arithmetic, and a sum over many positions is cut
-# into `pieces`, so that both cores work on it. Autograd needs every table, so with gradients on they are not reused.
+# `weights`, `shrink`, `s`, `y`. What remains is for speed: `table` and `scaled` are written over in each block (with
+# one value rank they are the same memory), since asking the system for fresh memory every time costs more than the
+# arithmetic, and a sum over many positions is cut into `pieces`, so that both cores work on it. Autograd needs every
+# table, so with gradients on they are not reused.
 # The repeat of q (`repeat_interleave`) pairs it with each of the R_K ranks.
 #
 # It must agree with the einsum, for any ranks, lengths and blocks:

@@ -44,7 +44,7 @@ MUTANTS = [
     Mutant("earlier blocks not rescaled", "y = y * shrink.unsqueeze(-1) + ", "y = y + "),
     Mutant("running sum not rescaled", "s = s * shrink + ", "s = s + "),
     Mutant("only the first rank of the keys", "for r in range(1, rank_k):", "for r in range(1, 1):"),
-    Mutant("a block overlaps the next", "for first in range(0, end, n):", "for first in range(0, end, max(1, n - 1)):"),
+    Mutant("mask counts positions within the block", "ahead = torch.arange(first, first + n,", "ahead = torch.arange(n,"),
     # cache
     Mutant("truncate forgets nothing", "        self.length = length\n", "        pass\n"),
     Mutant("truncate only in the first layer", "            layer.truncate(length)\n", "            layer.truncate(length)\n            break\n"),
