@@ -261,3 +261,11 @@ def test_fixed_factors_start_with_the_spread_of_contextual_ones():
     heads, features = variants.FixedHeadFactors(config(**sizes)), variants.FixedFeatureFactors(config(**sizes))
     assert abs(heads.a_k.std() / contextual[2].std() - 1) < 0.1
     assert abs(features.b_v.std() / contextual[5].std() - 1) < 0.1
+
+
+@pytest.mark.parametrize("attention", NUMBERS)
+def test_every_variant_starts_from_either_initialization(attention):
+    """Also those without some of the factors, whose fans are 0 then."""
+    for init in ("paper", "authors"):
+        weights = attention(config(init=init)).state_dict().values()
+        assert all(torch.isfinite(weight).all() for weight in weights)

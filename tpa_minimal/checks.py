@@ -900,6 +900,8 @@ def ex06_1(merge):
         if same(got_y / got_s[:, None], y / s[:, None]):
             raise WrongAnswer("y / s is right, but m is not the maximum, so exp may overflow")
         raise WrongAnswer("m should be the larger of the two maxima, entry by entry")
+    if same(got_s, s) and same(got_y, y / s[:, None]):
+        raise WrongAnswer("you divided by s already: y is the sum, and the division comes at the very end")
     if same(got_s, s) and not same(got_y, y):
         raise WrongAnswer("s is right and y is not: y needs the same factors, one per head: shrink[:, None]")
     if same(got_y, y) and not same(got_s, s):
@@ -918,6 +920,10 @@ def ex06_1(merge):
     for parts in ((empty, two), (two, empty)):  # two empty parts are excluded by the exercise: any answer will do
         if not all(same(x, y) for x, y in zip(merge(*parts), two)):
             raise WrongAnswer("merged with a part that has seen nothing, the other part should come out as it was")
+    for shift in (800, -800):  # exp(800) and 1 / exp(-800) are infinite
+        far = [(m + shift, s, y) for m, s, y in (one, two)]
+        if not all(same(x, y) for x, y in zip(merge(*far), (m + shift, s, y))):
+            raise WrongAnswer(f"wrong for maxima near {shift}: exp(m) overflows; subtract the maxima before exp")
 
 
 @exercise
@@ -1052,6 +1058,8 @@ def ex07_2(top_p):
             )
         if kept[0] == [False, True, False, False]:
             raise WrongAnswer("the token that crosses p is missing: 0.4 alone is below 0.55, 0.4 + 0.3 reaches it")
+        if all(kept[0]):
+            raise WrongAnswer("you keep everything: add up probabilities (softmax), not logits")
         if not kept[0][1]:
             raise WrongAnswer("the likeliest token is gone: sort in descending order")
         raise WrongAnswer(f"for the probabilities [0.1, 0.4, 0.2, 0.3] and p = 0.55 you keep {kept[0]}")

@@ -310,6 +310,8 @@ class TensorProductAttention(nn.Module):
         """Draw the factor weights as `config.init` says; start the output matrix at zero, as the authors' code does."""
         weights = self.factor_proj.weight.split(self.sizes)
         for i, (weight, (rank, width)) in enumerate(zip(weights, self.shapes)):
+            if not width:  # a variant without this factor
+                continue
             bound = factor_bound(self.config, rank, width, is_head_factor=i % 2 == 0)
             weight.uniform_(-bound, bound)
         self.out_proj.weight.zero_()

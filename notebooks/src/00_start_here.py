@@ -32,6 +32,8 @@ from tpa_minimal import T6Config, checks, data, plots, train
 plots.style()
 
 # %% [markdown]
+# If both cells ran without an error, your set-up is complete; the line above says whether a GPU is in use.
+#
 # ## A model in half a minute
 #
 # The package can write its own training text, called *the lessons*: short factual texts about invented people, places
@@ -66,8 +68,8 @@ print(
 assert run.metrics[-1]["val_loss"] < run.metrics[0]["val_loss"] - 1
 
 # %% [markdown]
-# The loss is the average surprise per token on texts that the model has not seen. It starts near that of guessing and
-# falls by more than one nat. So short a training teaches which words are common, hardly how they form a sentence:
+# The loss is the average surprise per token on texts that the model has not seen. It starts somewhat above that
+# of even guessing, ln 1024 = 6.93, since an untrained T6 is not undecided but wrong at random, and falls by several nats. So short a training teaches which words are common, hardly how they form a sentence:
 
 # %%
 print(train.generate_text(model, lessons.tokenizer, "", 60, temperature=0.7))

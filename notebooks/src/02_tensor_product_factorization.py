@@ -45,7 +45,7 @@ _ = torch.manual_seed(0)
 # the short lessons that this package can always make. It is a language model that has learned something, but a tiny
 # one. What we see in it need not hold for large models, so every conclusion from it is about *this* model.
 #
-# Its trunk, `T6`, and `rms_norm` (RMSNorm, which scales each vector to mean square 1) are built in notebook 07; today
+# Its trunk (everything but the attention), `T6`, and `rms_norm` (RMSNorm, which scales each vector to mean square 1) are built in notebook 07; today
 # we only use them.
 
 # %%
@@ -104,8 +104,9 @@ fig.colorbar(image, label="value", shrink=0.8)
 plt.show()
 
 # %% [markdown]
-# (Rotary position embedding turns each row by the same rotation afterwards. That changes neither ranks nor any error
-# below, so we leave it out until notebook 03.)
+# (Rotary position embedding turns each row by the same rotation afterwards. That changes neither the rank of a token's
+# matrix nor the error of its best fit, so we leave it out until notebook 03. It does matter where *many* tokens are
+# taken together, as in section 5, because each is turned differently.)
 #
 # MHA caches this whole matrix, $h \cdot d_h$ numbers, and another one for the values. Must it?
 
@@ -308,14 +309,14 @@ ax.plot(list(cut_loss), list(cut_loss.values()), "o-", label="MHA, K and V cut a
 ax.axhline(mha_loss, color="black", ls=":", label="MHA, uncut")
 ax.plot([2], [tpa_loss], "D", ms=9, color=plots.COLOURS[1], label="TPA, trained with rank 2")
 ax.set(xlabel="rank of each token's keys and values", ylabel="held-out loss (nats per token)")
-ax.set_title("Training with a low rank costs less than cutting afterwards")
+ax.set_title("In this run training with rank 2 beats cutting to rank 2")
 ax.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
 # Trained within rank 2, the model does better than an MHA cut to rank 2 afterwards, from the same number of steps and
 # with somewhat fewer weights. Take it as an illustration, not as evidence: it is a toy run of seconds. With three seeds
-# TPA was ahead by 0.06 to 0.10 nats; with 120 steps in place of 150 and a slightly lower learning rate the two were
+# TPA was ahead by 0.05 to 0.10 nats; with 120 steps in place of 150 and a slightly lower learning rate the two were
 # level. And TPA does *not* reach the uncut MHA here, which caches 2.7 times as much. The paper's comparison at 124M
 # parameters and 50 billion tokens, with as many *parameters* on both sides, ends in a tie (46.19 for MHA, 46.21 for
 # TPA; single runs).
@@ -365,7 +366,8 @@ print(f"one fixed 48-dimensional space, as MLA's (48): error {(flat[48:].sum() /
 # *non-contextual A*, trains it too and finds it weaker (small size, zero-shot: 45.03 against 46.21). But by far the
 # best fit of *this* MHA's keys is a fixed subspace across all heads. That suits them: they are linear in $x_t$, which
 # has 96 entries, so all keys lie in 96 dimensions, and 48 are half of what is possible. Whoever wants to convert *this*
-# MHA would look at MLA first. TPA is meant to be trained as TPA.
+# MHA would look at MLA first. TPA is meant to be trained as TPA. (All this is before RoPE. Rotated keys do not lie in one
+# such space: the same fit then misses 0.27. So MLA has to keep its latent unrotated; notebook 03, section 7.)
 
 # %% [markdown]
 # ## 6 · The configuration, and the parameters counted

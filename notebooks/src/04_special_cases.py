@@ -437,7 +437,7 @@ plt.show()
 #
 # Many more steps (`TPA_FULL=1`, not shown here) do not change the picture: the contextual layer then recalls everything
 # with each seed, and fixed A is still behind at every rank. What does change it is room. The heads here are narrow on
-# purpose: four features, of which RoPE keeps two spinning, must hold speaker and topic at once. Set `d_head=8` in
+# purpose: four features, two of which RoPE turns by a full radian per token, must hold speaker and topic at once. Set `d_head=8` in
 # `Listener` and train again: now constants recall nearly everything with some seeds, even at rank 1, while with others
 # they are still stuck below half after 200 steps; the contextual layer gets there with all three.
 #

@@ -233,13 +233,13 @@ assert cache.length == 32 and torch.equal(cache._views(0, 32)[1], whole[3])  # u
 # `TensorProductAttention` puts it together: factors, cache, attention, output matrix. One decision is new. With all
 # factors at hand there are two ways to attend:
 #
-# - **assemble** K and V of the whole context and call the fused kernel. Its cost per query is the lower one, so it is
-#   right for training and for a long prompt;
+# - **assemble** K and V of the whole context and call the fused kernel. Building them costs the same for one query as
+#   for a thousand, and each query after that is cheaper, so it is right for training and for a long prompt;
 # - **stay in factor space** (`factor_attention`, derived in the next notebook): K and V are never built, so a step
 #   with one or a few new tokens does not rebuild the whole past.
 #
 # They are equal to rounding, and the layer takes factor space when there is a past and at most 16 tokens are new. (16
-# is measured, not derived. Notebook 06 shows where the lines cross.)
+# is a rounded measurement; where the lines cross depends on context and machine: notebook 06, section 8.)
 
 # %%
 start = 31
@@ -349,8 +349,8 @@ plt.show()
 
 # %% [markdown]
 # So the small model's saving is 3.9× against the MHA model of equal weights and 11.1× against an MHA layer with as
-# many heads; GQA with two KV heads and MQA hold less than TPA, and the paper's case against them is quality, not
-# bytes. "10× and more" is a ratio to MHA with as many heads, and needs many wide heads at a low rank: with h = 64, d_h
+# many heads; MLA, GQA with two KV heads and MQA hold less than TPA, and the paper's case against GQA and MQA is
+# quality, not bytes. MQA always holds less; how many groups GQA may have was exercise 04.2. "10× and more" is a ratio to MHA with as many heads, and needs many wide heads at a low rank: with h = 64, d_h
 # = 128 and R_K = R_V = 1 it is 384 against 16,384, or 42.7× (21.3× with rank 2).
 # With high ranks it turns round: (R_K + R_V)(h + d_h) exceeds MHA's 2·h·d_h once R_K + R_V > 2·h·d_h / (h + d_h).
 #
@@ -458,7 +458,7 @@ for kind in [TensorProductAttention, *BUGS]:
 # *chunks*. State kept in the module shows only with a *second prompt*, and a layer that counts for itself only after
 # *truncate*: RoPE sees differences of positions, so being wrong by the same amount everywhere is not wrong at all.
 #
-# Where the error begins tells more:
+# Where the errors lie tells one bug from the other three:
 
 # %%
 chunked = torch.stack([error(kind, TESTS["chunks of 8"]) for kind in BUGS[:4]])
@@ -468,7 +468,7 @@ fig.colorbar(image, label="log₁₀ of the error")
 ax.set(xlabel="position (chunks of 8)", yticks=range(4), yticklabels=[kind.__name__ for kind in BUGS[:4]])
 ax.set_xticks([0, 8, 16, 24])
 ax.grid(visible=False)
-ax.set_title("Where the error starts is the bug's signature")
+ax.set_title("Only the missing mask spares the last token of each chunk")
 plt.show()
 
 # %% [markdown]

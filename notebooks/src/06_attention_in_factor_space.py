@@ -115,16 +115,16 @@ print(f"{count} multiply–adds for M = 5; the formula: {5 * (3 * 2 * 4 + 2 * 3 
 #
 # ## 3 · The same in three lines
 #
-# Every index of the formula is a letter of an einsum: b batch, q query, k key, r and s ranks, h head, d feature.
+# Every index of the formula is a letter of an einsum: b batch, q query, k key, r and u ranks, h head, d feature.
 
 
 # %% claim="algorithm-1-einsum"
 def algorithm_1(a_q, b_q, a_k, b_k, a_v, b_v, mask=None):
     scale = a_q.shape[2] * a_k.shape[2] * math.sqrt(b_k.shape[-1])
-    P = torch.einsum("bqrd,bksd->bqkrs", b_q, b_k)
-    L = torch.einsum("bqrh,bksh,bqkrs->bhqk", a_q, a_k, P) / scale
+    P = torch.einsum("bqrd,bkud->bqkru", b_q, b_k)
+    L = torch.einsum("bqrh,bkuh,bqkru->bhqk", a_q, a_k, P) / scale
     alpha = (L if mask is None else L.masked_fill(~mask, -math.inf)).softmax(-1)
-    return torch.einsum("bhqk,bksh,bksd->bqhd", alpha, a_v, b_v) / a_v.shape[2]
+    return torch.einsum("bhqk,bkuh,bkud->bqhd", alpha, a_v, b_v) / a_v.shape[2]
 
 
 torch.testing.assert_close(algorithm_1(*factors), assembled, rtol=0, atol=1e-12)
@@ -182,7 +182,7 @@ assert tpa.decode_multiply_adds(1) == tpa_cost(34, 64, 6, 2, 2)
 print(f"per cached token: TPA, 34 heads, {tpa.decode_multiply_adds(1)}; MHA, 12 heads, {mha.decode_multiply_adds(1)}")
 
 # %% [markdown]
-# 3.9 times fewer bytes, 3.6 times more arithmetic, in the order of the paper's Algorithm 1. (MHA with 34 heads would
+# 3.9 times fewer bytes, 3.6 times as much arithmetic, in the order of the paper's Algorithm 1. (MHA with 34 heads would
 # need 4,352.)
 #
 # ### Another order: queries first
@@ -231,9 +231,10 @@ for order in (table_first, queries_first):
     print(f"{order.__name__:14s}{milliseconds(order, *small[:4]):6.1f} ms for the logits of 16,384 tokens")
 
 # %% [markdown]
-# The counts differ by a factor of 3.8. Here the times differ much less than the counts: both orders read the same
-# factors and write tables of M × h numbers. The module assembles the queries although that counts more, with the values
-# (R_K + R_V)·h·(d_h + 1), which is never less than MHA with the same heads needs: what it runs are large products, which
+# The counts differ by a factor of 3.8. How much of that a clock shows depends on the machine and on who else uses it: on
+# one thread of ours, otherwise idle, it was 2.8 against 3.7 ms, since both orders read the same factors and write tables
+# of M × h numbers. The module assembles the queries although that counts more, with the values
+# (R_K + R_V)·h·(d_h + 1) with α·a_v counted too, never less than MHA with the same heads needs: what it runs are large products, which
 # processors do quickly, whatever R_Q is, and its gain is in bytes. At R_Q = 16, the rank of the paper's speed figures,
 # the counts lie closer together (exercise 06.2). The kernel of notebook 10 makes the same choice.
 #
@@ -251,7 +252,8 @@ logits = torch.tensor([90.0, 100.0])
 print("exp:", logits.exp().tolist(), " shifted by the maximum:", (logits - logits.max()).exp().tolist())
 
 # %% [markdown]
-# **The derivation.** Let one block have been seen, with maximum m. Keep two sums, both relative to m:
+# **The derivation.** Let one block have been seen, with maximum m. Keep two sums (from here s is a sum, no longer a
+# position), both relative to m:
 #
 # $$ s = \sum_k e^{l_k - m}, \qquad y = \sum_k e^{l_k - m}\, v_k. $$
 #
@@ -464,9 +466,10 @@ plt.show()
 assert in_factor_space[0] < assembled[0] and in_factor_space[-1] > assembled[-1]
 
 # %% [markdown]
-# For one token, factor space wins clearly; for 256 it loses. In this run the lines meet where the cell above says; a
-# busy machine, other ranks or a longer context move the place. So notebook 05's layer prefills and trains with
-# assembled K and V, and `max_factor_space_tokens` is 16: a safe choice on the CPUs we measured, not a law.
+# For one token, factor space wins clearly; for 256 it loses. In this run the lines meet where the cell above says. On
+# quiet machines we found the crossing between 16 and 24 new tokens at 1,024 cached ones and beyond 24 at 8,192, since
+# what assembling costs grows with the past; on a busy one it came sooner. So notebook 05's layer prefills and trains with
+# assembled K and V, and `max_factor_space_tokens` is 16: a round number in that range, not a law.
 #
 # **Higher ranks.** In Algorithm 1's order the condition for less arithmetic than MHA (Eq. A.4) is R_Q R_K d_h +
 # h R_Q R_K + h R_V d_h < 2 h d_h. The last term alone reaches the right-hand side at R_V = 2. The paper's speed figures use ranks (16,

@@ -38,6 +38,17 @@ def through_the_averages(one, two):  # divides by the s of an empty part
     return m, s, one[2] / one[1][:, None] * f_1[:, None] + two[2] / two[1][:, None] * f_2[:, None]
 
 
+def merge_without_subtracting(one, two):
+    m = torch.maximum(one[0], two[0])
+    f_1, f_2 = one[0].exp() / m.exp(), two[0].exp() / m.exp()
+    return m, one[1] * f_1 + two[1] * f_2, one[2] * f_1[:, None] + two[2] * f_2[:, None]
+
+
+def already_divided(one, two):
+    m, s, y = merge(one, two)
+    return m, s, y / s[:, None]
+
+
 def order(h, d_h, rank_q):
     return "table" if rank_q * (d_h + h) < h * (d_h + 1) else "queries"
 
@@ -76,6 +87,8 @@ def test_accepts_the_solution_and_knows_a_stub(check, solution):
         (through_the_averages, "seen nothing"),
         (only_the_first_may_be_empty, "seen nothing"),
         (merge_with_exp2, "natural exponentials"),
+        (merge_without_subtracting, "exp(m) overflows"),
+        (already_divided, "divided by s already"),
         (lambda a, b: merge(a, b)[2] / merge(a, b)[1][:, None], "three tensors"),
     ],
 )

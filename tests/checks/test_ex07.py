@@ -34,6 +34,12 @@ def in_place(logits, p):
     return logits.copy_(nucleus(logits, p))
 
 
+def sums_of_logits(logits, p):
+    ordered, order = logits.sort(dim=-1, descending=True)
+    outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, ordered.cumsum(-1) - ordered >= p)
+    return logits.masked_fill(outside, -math.inf)
+
+
 MOVED = {"embedding", "out_proj", "down_proj"}
 
 
@@ -74,6 +80,7 @@ def test_07_1_diagnoses(attempt, says, capsys):
         (lambda x, p: nucleus(x, p).softmax(-1).log(), "values changed"),
         (lambda x, p: nucleus(x, p, flat=True), "by itself"),
         (in_place, "have changed"),
+        (sums_of_logits, "probabilities (softmax), not logits"),
         (lambda x, p: nucleus(x, p)[:1], "shape"),
         (lambda x, p: nucleus(x, p + 1e-3), "stop at p or more"),
         (by_threshold, "equal tokens"),
