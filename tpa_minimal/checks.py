@@ -1347,6 +1347,10 @@ def ex10_1(merge):
             "weighed by s alone: that forgets how large each stretch's logits were": (
                 share[..., None] * (y / s[..., None]).nan_to_num()
             ).sum(0),
+            "weighed by 2^(m_i - m) alone: a stretch's share of the softmax is 2^(m_i - m) s_i": (
+                shrink[..., None] * (y / s[..., None]).nan_to_num()
+            ).sum(0)
+            / shrink.sum(0)[:, None],
             "not divided by the merged sum": (shrink[..., None] * y).sum(0),
         }
         if isinstance(got, torch.Tensor) and got.shape == exact.shape and not got.isfinite().all():
@@ -1359,12 +1363,15 @@ def ex10_1(merge):
 @exercise
 def ex10_2(least_ms):
     """All factors of all positions, once."""
-    for case in ((1, 32768, 32, 64, 1, 1, 4, 30.0), (4, 5000, 34, 64, 3, 2, 2, 2e3)):
+    for case in ((4, 5000, 34, 64, 3, 2, 2, 2e3), (1, 32768, 32, 64, 1, 1, 4, 30.0)):
         B, M, h, d_h, rank_k, rank_v, size, speed = case
         numbers = B * M * (rank_k + rank_v) * (h + d_h)
         unit = size / (speed * 1e9) * 1000
         mistakes = {
             "that is MHA's cache: TPA keeps (R_K + R_V)(h + d_h) numbers per position": 2 * B * M * h * d_h * unit,
+            "a rank's two factors are read one by one, h + d_h numbers, not their product": (
+                B * M * (rank_k + rank_v) * h * d_h * unit
+            ),
             "the head factors are read too: h + d_h numbers for each rank": B * M * (rank_k + rank_v) * d_h * unit,
             "keys and values may have different ranks": 2 * B * M * rank_k * (h + d_h) * unit,
             "one sequence only: each sequence of the batch has its own cache": numbers / B * unit,

@@ -24,7 +24,8 @@
 # must keep them all busy.
 #
 # The language for such programs is [Triton](https://triton-lang.org): Python functions that are compiled for the GPU.
-# It also has an **interpreter**, which runs the same functions on a CPU, slowly but exactly. It must be chosen before
+# It also has an **interpreter**, which runs the same functions on a CPU, slowly, and in float32
+# with the same results to rounding (in bfloat16 it cuts digits off where a GPU rounds). It must be chosen before
 # Triton is imported, so that is our first step. (Triton comes with PyTorch for CUDA on Linux; elsewhere there may be no
 # package for your system, and this notebook can only be read.)
 
@@ -103,7 +104,7 @@ for (name, value), marker in zip(kinds.items(), "os^"):
     ax.plot(value, min(value * bandwidth, peak) / 1e9, marker, markersize=9)
     ax.annotate(name, (value, min(value * bandwidth, peak) / 1e9), (6, -16), textcoords="offset points")
 ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="billion operations per second")
-ax.set_title("The roofline of this machine: where the roof slopes, memory is the limit")
+ax.set_title("Limits, not measurements: where the roof slopes, memory decides")
 plt.show()
 
 # %% [markdown]
@@ -116,7 +117,7 @@ plt.show()
 #
 # While a model is being trained, each processor takes some of the many queries. In decoding there is one. What is long
 # is the cache, so we cut *it*: each processor takes a stretch of positions and attends to that alone. What it must hand
-# over are the three numbers of the online softmax, with logits in powers of 2 as GPUs like them: the maximum $m$, the
+# over are the three quantities of the online softmax, per head, with logits in powers of 2 as GPUs like them: the maximum $m$, the
 # sum $s = \sum 2^{\ell - m}$, and the output $y = \sum 2^{\ell - m} v$.
 
 
@@ -139,7 +140,7 @@ m, s, y = (torch.stack(part) for part in zip(*parts))  # (3, h), (3, h), (3, h, 
 #
 # $$o = \frac{\sum_i 2^{m_i - m}\, y_i}{\sum_i 2^{m_i - m}\, s_i}.$$
 #
-# In words: every stretch is weighed by the share of the whole softmax that fell into it.
+# In words: every stretch's own output $y_i / s_i$ is weighed by the share of the whole softmax that fell into it.
 
 # %% claim="alg-2-stretches"
 shrink = torch.exp2(m - m.amax(0))
@@ -173,15 +174,17 @@ def logits_kernel(q, a_k, b_k, out, M, H: tl.constexpr, D: tl.constexpr, BLOCK: 
 
 # %% [markdown]
 # Addresses are a pointer plus offsets: row times width plus column, for all entries of the tile at once. The sizes marked
-# `tl.constexpr` are fixed when the kernel is compiled, and must be powers of two; the number of positions is not, so the
-# **mask** keeps the last tile inside the cache. We start as many programs as there are tiles:
+# `tl.constexpr` are fixed when the kernel is compiled; as lengths of `tl.arange` they must be powers of two, and for
+# `tl.dot` on a GPU at least 16. The number of positions is free, so the **mask** keeps the last tile inside the cache.
+# `kernel[grid](arguments)` starts the kernel as many times as `grid` says, side by side; here once per tile:
 
 # %%
 M = 100
 q, a_k, b_k = (torch.randn(rows, width, device=device) for rows, width in ((h, d_h), (M, h), (M, d_h)))
-out = torch.full((M, h), math.nan, device=device)
+out = torch.full((M + 32, h), math.nan, device=device)  # with room for a tile that does not stop in time
 logits_kernel[triton.cdiv(M, 32),](q, a_k, b_k, out, M, H=h, D=d_h, BLOCK=32)
-torch.testing.assert_close(out, (b_k @ q.T) * a_k, rtol=1e-4, atol=1e-4)
+torch.testing.assert_close(out[:M], (b_k @ q.T) * a_k, rtol=1e-4, atol=1e-4)
+assert out[M:].isnan().all()
 print("programs:", triton.cdiv(M, 32), "· positions in the last one:", M - 32 * (M // 32))
 
 # %% [markdown]
@@ -204,13 +207,14 @@ def stretch_kernel(
     m = tl.full((H,), float("-inf"), tl.float32)
     s = tl.zeros((H,), tl.float32)
     y = tl.zeros((H, D), tl.float32)
-    for first in range(i * stretch, tl.minimum((i + 1) * stretch, M), BLOCK):
+    end = tl.minimum((i + 1) * stretch, M)
+    for first in range(i * stretch, end, BLOCK):
         positions = first + tl.arange(0, BLOCK)
-        seen = (positions < M)[:, None]
+        seen = (positions < end)[:, None]
         row_h, row_d = positions[:, None] * H + heads[None, :], positions[:, None] * D + features[None, :]
         p = tl.dot(query, tl.trans(tl.load(b_k + row_d, mask=seen, other=0.0)), input_precision="ieee")
         logits = p * tl.trans(tl.load(a_k + row_h, mask=seen, other=0.0))
-        logits = tl.where((positions < M)[None, :], logits, float("-inf"))
+        logits = tl.where((positions < end)[None, :], logits, float("-inf"))
         m_new = tl.maximum(m, tl.max(logits, 1))
         weights, shrink = tl.exp2(logits - m_new[:, None]), tl.exp2(m - m_new)
         scaled = weights * tl.trans(tl.load(a_v + row_h, mask=seen, other=0.0))
@@ -223,9 +227,10 @@ def stretch_kernel(
 
 
 # %% [markdown]
-# Read it beside the loop of `factor_attention`: the lines are the same. Two details matter. Positions beyond the end get
-# the logit $-\infty$ and not 0, or they would take part in the softmax. And the scale $1/(R_K \sqrt{d_h})$ is put into the query
-# beforehand, together with $\log_2 e$, because $e^x = 2^{x \log_2 e}$.
+# Read it beside the loop of `factor_attention`: the lines are the same. Two details matter. Positions beyond the stretch
+# get the logit $-\infty$ and not 0, or they would take part in the softmax. And the scale $1/(R_K \sqrt{d_h})$ is put into
+# the query beforehand, together with $\log_2 e$, because $e^x = 2^{x \log_2 e}$. (`assemble` has divided by $R_Q$; $R_V$ is
+# 1 here, otherwise the merged output is divided by it.)
 
 # %%
 M, count = 1000, 4
@@ -234,10 +239,10 @@ q = assemble(*factors[:2])[0, 0] * (math.log2(math.e) / math.sqrt(d_h))
 m, s = torch.empty(2, count, h, device=device)
 y = torch.empty(count, h, d_h, device=device)
 held = [factor.contiguous() for factor in factors[2:]]
-stretch_kernel[count,](q.contiguous(), *held, m, s, y, M, 256, H=h, D=d_h, BLOCK=32)
+stretch_kernel[count,](q.contiguous(), *held, m, s, y, M, 250, H=h, D=d_h, BLOCK=32)
 
 # %% [markdown]
-# Four stretches of 256, the last one cut short by the end of the cache. The merge is that of section 2:
+# Four stretches of 250 positions, none of them a whole number of blocks. The merge is that of section 2:
 
 # %%
 shrink = torch.exp2(m - m.amax(0))
@@ -290,8 +295,8 @@ for dtype in (torch.float32, torch.bfloat16):
 assert all(value <= (1e-5 if dtype == torch.float32 else 2e-2) for (dtype, _), value in worst.items())
 
 # %% [markdown]
-# Batch 2, 20 heads, 77 positions, ranks 6, 2 and 3: nothing there fits a tile. In bfloat16 most of what remains is the
-# rounding of the result itself.
+# Batch 2, 20 heads, 77 positions, ranks 6, 2 and 3: nothing there fits a tile. In bfloat16 the rounding of the result and
+# that of the softmax weights, before they meet $b_v$, remain.
 #
 # ## 6 · Into the model
 #
@@ -332,13 +337,14 @@ ax.plot(
 )
 ax.set(yscale="log", xlabel="context, tokens", ylabel="milliseconds (median)")
 ax.set_xscale("log", base=2)
-ax.set_title("On this CPU TPA decodes far faster than MHA, about as fast as GQA and MQA")
+ax.set_title("On this CPU TPA decodes several times faster than MHA")
 ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
 # %% [markdown]
-# How to read it. The dotted line is the time for reading TPA's factors at the bandwidth at which the machine copies;
-# nothing can lie below it for long. The distance between it and TPA's line is the arithmetic of section 1, together with
+# How to read it. At long contexts only rank 1 keeps up with GQA and MQA; against a few thousand tokens both are faster,
+# and rank 2 is slower than GQA with four groups although it reads less (201 against 268 MB at 131,072 tokens). The lowest
+# line is the time for reading the rank-1 factors at the bandwidth at which the machine copies; rank 1 cannot lie below it. The distance between it and TPA's line is the arithmetic of section 1, together with
 # PyTorch's passes over each block's table of weights. Let us see how close each one comes:
 
 # %%
@@ -352,7 +358,9 @@ for row in result["rows"]:
 
 # %% [markdown]
 # MHA does little arithmetic per byte, so reading is what it spends its time on. TPA stays further below the bandwidth,
-# and is quick because there is so little to read: on this CPU its limit is the flat part of section 1's roof. MQA reads
+# and is quick because there is so little to read: its time goes into arithmetic and into passes over tables of M × h
+# weights, not into bytes. So ratios move on a shared machine, where a busy neighbour slows arithmetic but hardly MHA's
+# reading: in four runs within two hours MHA took 2.8 to 5.3 times as long as rank 1 at 131,072 tokens. MQA reads
 # still less than TPA (128 numbers a token here, against 192 at rank 1), with the quality that notebook 01 quotes. MLA's
 # 288 lie between TPA's two ranks, and its arithmetic per byte is the largest of all (notebook 09).
 #
@@ -432,7 +440,7 @@ checks.ex10_3(judgement)
 # - One new token reads the whole cache; the roofline tells whether bytes or arithmetic set the time.
 # - Flash decoding: each program attends to a stretch and leaves m, s and y; rescaling to the common maximum merges them
 #   exactly.
-# - In a kernel the cache is read once, where it lies; masks give −∞ to what is not there.
+# - In a kernel the cache is read where it lies, once for every 32 heads; masks give −∞ to what is not there.
 # - The small query can afford three parts, so half-precision products need not cost large logits their accuracy.
 # - A fair benchmark runs everything in turns, names the machine, and shows the limit.
 #

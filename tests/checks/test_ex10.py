@@ -38,6 +38,7 @@ def test_accepts_the_solution(check, solution):
         (lambda m, s, y: merge(m, s, y, divide=False), "not divided"),
         (lambda m, s, y: merge(m, s, y, common=False), "subtract the largest m"),
         (lambda m, s, y: (y / s[..., None]).mean(0), "a mean of"),
+        (lambda m, s, y: merge(m, torch.ones_like(s), (y / s[..., None]).nan_to_num()), "by 2^(m_i - m) alone"),
         (lambda m, s, y: torch.zeros(3, 5, dtype=y.dtype), "not the softmax"),
         (lambda m, s, y: y[0].mT, "expected shape"),
     ],
@@ -63,6 +64,7 @@ def test_10_1_notices_an_empty_stretch(capsys):
     [
         (lambda B, M, h, d, k, v, size, speed: 2 * B * M * h * d * size / speed / 1e6, "MHA's cache"),
         (lambda B, M, h, d, k, v, size, speed: B * M * (k + v) * d * size / speed / 1e6, "head factors"),
+        (lambda B, M, h, d, k, v, size, speed: B * M * (k + v) * h * d * size / speed / 1e6, "not their product"),
         (lambda B, M, h, d, k, v, size, speed: 2 * B * M * k * (h + d) * size / speed / 1e6, "different ranks"),
         (lambda B, M, h, d, k, v, size, speed: least_ms(1, M, h, d, k, v, size, speed), "one sequence"),
         (lambda B, M, h, d, k, v, size, speed: least_ms(B, M, h, d, k, v, 1, speed), "as if they were bytes"),
