@@ -294,6 +294,17 @@ def test_any_tpa_as_self_attn_caches_factors_in_transformers_cache(attention):
     assert held == 2 * 30 * 2 * sum(w * r for w, r in zip(model.model.layers[0].self_attn.attention.sizes[2:], [1] * 4))
 
 
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_tpa_as_self_attn_generates_with_a_static_cache(shape):
+    model = llama(**shape)
+    prompt = torch.randint(1, 67, (2, 20))
+    options = dict(max_new_tokens=12, do_sample=False, cache_implementation="static")
+    expected = model.generate(prompt, **options)
+    assert torch.equal(convert.use_tpa(model).generate(prompt, **options), expected)
+    with pytest.raises(ValueError, match="already"):
+        convert.use_tpa(model)
+
+
 def test_attention_that_takes_no_mask_is_refused():
     with pytest.raises(ValueError, match="RotateAssembled attends in a way of its own"):
         convert.LlamaSelfAttention(variants.RotateAssembled(config()), 0)
@@ -382,6 +393,17 @@ def test_a_converted_llama_goes_down_in_rank_with_its_own_rope():
         torch.testing.assert_close(same(tokens), ours(tokens), rtol=0, atol=1e-10)
 
 
+def test_a_bfloat16_model_goes_down_in_rank_too():
+    model, tokens = converted(), torch.randint(31, (2, 40))
+    wanted = convert.reduce_rank(model, tokens, 2, 2).blocks[0].attention.a_k
+    small = convert.reduce_rank(model.bfloat16(), tokens, 2, 2)
+    assert small.blocks[0].attention.a_k.dtype == torch.bfloat16
+    overlap = torch.linalg.qr(small.blocks[0].attention.a_k.double().mT)[0].mT @ torch.linalg.qr(wanted.mT)[0]
+    assert torch.linalg.svdvals(overlap).min() > 0.9  # the same fit, but for rounding
+    with pytest.raises(ValueError, match="rank_k=7, rank_v=2: ranks 1 to n_head=6"):
+        convert.reduce_rank(model, tokens, 7, 2)
+
+
 def test_only_fixed_heads_go_down_in_rank():
     with pytest.raises(ValueError, match="TensorProductAttention: only FixedHeadFactors"):
         convert.reduce_rank(T6(config()), torch.zeros(1, 2, dtype=torch.long), 1, 1)
@@ -458,7 +480,7 @@ def test_the_authors_checkpoint_gives_the_same_logits(changes):
 def test_both_ways_and_with_the_prefixes_of_training():
     c = config()
     state = authors_checkpoint(c)
-    ours = convert.authors_t6_state_dict({f"_orig_mod.{name}": value for name, value in state.items()}, c)
+    ours = convert.authors_t6_state_dict({f"module._orig_mod.{name}": value for name, value in state.items()}, c)
     back = convert.t6_to_authors_state_dict(ours, c)
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
     model = T6(c)
@@ -478,6 +500,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
     refuse(state, replace(c, n_layer=1), r"transformer\.h\.1\..*no place")
     refuse(state, replace(c, rank_q=2), r"W_A_q\.weight is \(18, 24\).*\(12, 24\)")
     refuse(state, replace(c, vocab_size=30), r"wte\.weight is \(31, 24\)")
+    ours = T6(c).state_dict()
+    with pytest.raises(ValueError, match="rank_k=1, rank_v=2: the authors' model has one rank"):
+        convert.t6_to_authors_state_dict(ours, replace(c, rank_k=1, rank_v=2))
+    with pytest.raises(ValueError, match=r"blocks\.2\..* has shape None where"):
+        convert.t6_to_authors_state_dict(ours, replace(c, n_layer=3))
     refuse({**state, "transformer.h.0.attn.subln.weight": torch.ones(8)}, c, "subln.weight.*no place")
     refuse({**state, "lm_head.weight": torch.ones(31, 24)}, c, "one tensor for both")
     refuse({}, c, "not a T6 checkpoint")
@@ -564,7 +591,22 @@ def test_what_cannot_be_described_or_read_is_refused(tmp_path):
     mixed.blocks[0].attention = variants.KeyValueOnly(config())
     with pytest.raises(ValueError, match="different kinds"):
         convert.save_pretrained(mixed, tmp_path)
+    with pytest.raises(ValueError, match="of its own"):
+        convert.save_pretrained(T6(config(), norm=torch.tanh), tmp_path)
+    turned = T6(config())
+    turned.blocks[1].attention.rope = None
+    with pytest.raises(ValueError, match="of its own"):
+        convert.save_pretrained(turned, tmp_path)
+    for name in (tmp_path / "nowhere", "./nowhere", "runs/some/where"):
+        with pytest.raises(FileNotFoundError, match="no such folder"):
+            convert.from_pretrained(name)
     convert.save_pretrained(T6(config()), tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    for damaged in (b"", weights[:100], b"x" * 100):
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match="model.safetensors is damaged"):
+            convert.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(weights)
     good = json.loads((tmp_path / "config.json").read_text())
 
     def refuse(message, **changes):
@@ -578,6 +620,11 @@ def test_what_cannot_be_described_or_read_is_refused(tmp_path):
     refuse("colour.*does not know", config={**good["config"], "colour": 1})
     refuse("not as config.json describes", config={**good["config"], "n_head": 3})
     refuse("d_head=7", config={**good["config"], "d_head": 7})
+    refuse("config.json is damaged", config={name: good["config"][name] for name in ("vocab_size", "n_layer")})
+    for damaged in ("{}", "", json.dumps(good)[:-20]):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match="config.json|model_type"):
+            convert.from_pretrained(tmp_path)
 
 
 class LoopbackHub(http.server.BaseHTTPRequestHandler):

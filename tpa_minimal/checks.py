@@ -1611,7 +1611,7 @@ def ex12_3(attempt):
 @exercise
 def ex12_4(attempt):
     """The largest R_K = R_V at which fixed and contextual A cache less than GQA: attempt(n_head, d_head, n_kv_head)."""
-    for h, d_head, G in ((32, 128, 16), (32, 64, 32), (9, 64, 3), (8, 16, 3)):
+    for h, d_head, G in ((32, 128, 16), (32, 64, 32), (9, 64, 3), (16, 16, 4), (8, 16, 1)):
         got = attempt(h, d_head, G)
         if not isinstance(got, (tuple, list)) or len(got) != 2:
             raise WrongAnswer("return two numbers: the largest rank with fixed A, and with contextual A")

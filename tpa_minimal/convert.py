@@ -13,6 +13,7 @@
 import copy
 import json
 import os
+import re
 import tempfile
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -20,11 +21,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tpa_minimal import baselines, variants
-from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, assemble
+from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, assemble, rms_norm
 from tpa_minimal.variants import FixedHeadFactors, KeyValueOnly
 
 # ------------------------------------------------------------------------------------ MHA, MQA and GQA as TPA
@@ -174,7 +176,7 @@ def _llama_config(c, max_len: int | None) -> T6Config:
         rank_q=c.num_attention_heads,
         rank_k=c.num_key_value_heads,
         rank_v=c.num_key_value_heads,
-        max_len=max_len or c.max_position_embeddings,
+        max_len=c.max_position_embeddings if max_len is None else max_len,
         rope_base=float(c.rope_parameters["rope_theta"]),
         d_ff=c.intermediate_size,
     )
@@ -234,10 +236,11 @@ def llama_to_t6(model, max_len: int | None = None) -> LlamaT6:
 class LlamaSelfAttention(nn.Module):
     """Any TPA of this package as `self_attn` of a Hugging Face LLaMA's layer, so that `model.generate` works.
 
-    The cache is transformers' own `DynamicCache`. In the place of keys and values it holds, per rank, a_k and b_k side
-    by side, and a_v and b_v, so its reordering for beam search, cropping and lengths work as ever. Positions are
-    counted along the cache; a left-padded batch is right all the same, since RoPE sees distances alone and the mask
-    hides the padding. With such a mask keys and values are assembled for the call.
+    The cache is transformers' own `DynamicCache`, or with R_K = R_V also its `StaticCache`. In the place of keys and
+    values it holds, per rank, a_k and b_k side by side, and a_v and b_v, so its reordering for beam search, cropping
+    and lengths work as ever. Positions are counted along the cache; a left-padded batch is right all the same, since
+    RoPE sees distances alone and the mask hides the padding. With such a mask keys and values are assembled for the
+    call. Masks with holes between tokens, and `position_ids` of one's own, are not supported.
     """
 
     def __init__(self, attention: TensorProductAttention, layer_idx: int):
@@ -249,11 +252,13 @@ class LlamaSelfAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_mask=None, past_key_values=None, **_) -> tuple[Tensor, None]:
         """hidden_states: (B, T, d_model) -> (the same, None for attention weights that are never formed)."""
-        start = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+        start = 0 if past_key_values is None else int(past_key_values.get_seq_length(self.layer_idx))
         a_q, b_q, a_k, b_k, a_v, b_v = self.attention.factors(hidden_states, start)
         if past_key_values is not None:
             new = (torch.cat(pair, -1).transpose(1, 2) for pair in ((a_k, b_k), (a_v, b_v)))  # (B, R, T, ·)
-            k, v = (held.transpose(1, 2) for held in past_key_values.update(*new, self.layer_idx))
+            # What a static cache returns goes beyond what it holds; a mask hides that.
+            end = start + hidden_states.shape[1] if attention_mask is None else None
+            k, v = (held[:, :, :end].transpose(1, 2) for held in past_key_values.update(*new, self.layer_idx))
             a_k, b_k = k.split((a_k.shape[-1], b_k.shape[-1]), dim=-1)
             a_v, b_v = v.split((a_v.shape[-1], b_v.shape[-1]), dim=-1)
         factors = self.attention.restore(a_q, b_q, a_k, b_k, a_v, b_v, start)
@@ -273,8 +278,12 @@ class LlamaSelfAttention(nn.Module):
 def use_tpa(model):
     """Replace each `self_attn` of a `transformers.LlamaForCausalLM`, in place, by the fixed-A TPA that equals it.
 
-    Returns the model, whose `forward` and `generate` go on as before. Raises ValueError as `llama_to_t6` does.
+    Returns the model, whose `forward` and `generate` go on as before. Its weights have new names: to keep a model on
+    disk, save it before, and call this again after loading. Raises ValueError as `llama_to_t6` does, and for a model
+    that has been through this already.
     """
+    if any(isinstance(module, LlamaSelfAttention) for module in model.modules()):
+        raise ValueError("the model has TPA as self_attn already: use_tpa is for one that was just loaded")
     rope, config = _llama_rope(_llama_extras(model)), _llama_config(model.config, None)
     for i, layer in enumerate(model.model.layers):
         attention = _llama_attention(layer.self_attn, config)
@@ -331,12 +340,15 @@ def reduce_rank(model: T6, tokens: Tensor, rank_k: int, rank_v: int, contextual:
     tokens: (B, T). Keys and values of each layer are fitted before rotation, which changes no error. By default head
     factors stay fixed: `fit_fixed`, the cache falls to (R_K + R_V) d_h numbers and the full rank is exact. With
     `contextual`, layers become `KeyValueOnly` by `fit_contextual`, and the cache (R_K + R_V)(h + d_h). Queries are
-    kept. Raises ValueError if a layer has other attention.
+    kept. Raises ValueError if a layer has other attention, or for a rank that is not 1 to n_head.
     """
     inputs, hooks = [], []
+    if not 1 <= min(rank_k, rank_v) <= max(rank_k, rank_v) <= model.config.n_head:
+        raise ValueError(f"rank_k={rank_k}, rank_v={rank_v}: ranks 1 to n_head={model.config.n_head} work")
     for block in model.blocks:
         if not isinstance(block.attention, FixedHeadFactors):
             raise ValueError(f"{type(block.attention).__name__}: only FixedHeadFactors; see mha_to_tpa, llama_to_t6")
+    for block in model.blocks:
         hooks.append(block.attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1))))
     try:
         model(tokens)
@@ -360,13 +372,15 @@ def _reduced(layer: FixedHeadFactors, x: Tensor, rank_k: int, rank_v: int, conte
         rows = [layer.factor_proj.weight[: layer.sizes[1]]]
         small.a_q = layer.a_q
     for name, rank, proj in (("a_k", rank_k, mha.k_proj), ("a_v", rank_v, mha.v_proj)):
-        y = proj(x).unflatten(-1, (config.n_head, config.d_head))
+        wide = torch.promote_types(x.dtype, torch.float32)  # eigenvectors and least squares need it
+        y = proj(x).unflatten(-1, (config.n_head, config.d_head)).to(wide)
         if contextual:
-            rows += [W.flatten(0, 1) for W in fit_contextual(x, y, rank)]
+            rows += [W.flatten(0, 1) for W in fit_contextual(x.to(wide), y, rank)]
         else:
             a = fit_fixed(y, rank)
             getattr(small, name).copy_(a)
-            rows.append((a / rank @ proj.weight.unflatten(0, (config.n_head, -1)).flatten(1)).view(-1, config.d_model))
+            per_head = proj.weight.to(wide).unflatten(0, (config.n_head, -1)).flatten(1)  # (h, d_h · d_model)
+            rows.append((a / rank @ per_head).view(-1, config.d_model))
     small.factor_proj.weight.copy_(torch.cat(rows))
     small.out_proj.weight.copy_(layer.out_proj.weight)
     if "rope" in vars(layer):
@@ -386,7 +400,7 @@ def authors_t6_state_dict(state_dict: dict[str, Tensor], config: T6Config) -> di
     torch.compile and DistributedDataParallel leave are dropped. Their tables of RoPE are bfloat16, ours are not: see
     `rope_tables`. Raises ValueError, naming it, for a weight that is missing, left over, or does not fit `config`.
     """
-    state = {name.removeprefix("_orig_mod.").removeprefix("module."): value for name, value in state_dict.items()}
+    state = {re.sub(r"^((_orig_mod|module)\.)+", "", name): value for name, value in state_dict.items()}
     tied = [state.pop(name) for name in ("lm_head.weight", "transformer.wte.weight") if name in state]
     if not tied:
         raise ValueError("neither transformer.wte.weight nor lm_head.weight is there: not a T6 checkpoint")
@@ -427,14 +441,22 @@ def _fitting(name: str, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
 def t6_to_authors_state_dict(state_dict: dict[str, Tensor], config: T6Config) -> dict[str, Tensor]:
     """The weights of `T6(config)` under the names and in the layout of the authors' `model/T6.py`.
 
-    The inverse of `authors_t6_state_dict`. Their model has d_ff = ⌊8/3 · d_model⌋ and a RoPE base of 10000 always;
-    a config with others raises ValueError, as does a weight that is missing.
+    The inverse of `authors_t6_state_dict`. Their model has d_ff = ⌊8/3 · d_model⌋, a RoPE base of 10000 and one rank
+    for keys and values; a config with others raises ValueError, as do weights that are not those of T6(config).
     """
     if config.d_ff != 8 * config.d_model // 3 or config.rope_base != 10000.0:
         raise ValueError(
             f"d_ff={config.d_ff}, rope_base={config.rope_base}: the authors' model has d_ff={8 * config.d_model // 3}, "
             "⌊8/3 · d_model⌋, and base 10000, and no other"
         )
+    if config.rank_k != config.rank_v:
+        raise ValueError(f"rank_k={config.rank_k}, rank_v={config.rank_v}: the authors' model has one rank for both")
+    with torch.device("meta"):
+        expected = {name: weight.shape for name, weight in T6(config).state_dict().items()}
+    for name in sorted(expected.keys() | state_dict.keys()):
+        found = state_dict[name].shape if name in state_dict else None
+        if found != expected.get(name):
+            raise ValueError(f"{name} has shape {found} where T6(config) has {expected.get(name)}: correct the config")
     ranks = [rank for rank in (config.rank_q, config.rank_k, config.rank_v) for _ in "AB"]
     widths = (config.n_head, config.d_head) * 3
     embedding = state_dict["embedding.weight"]
@@ -480,6 +502,10 @@ def _description(model: T6) -> dict:
         if _ATTENTIONS.get(name, (None,))[0] is not type(block.attention):
             raise ValueError(f"attention {name} cannot be saved by name; known are {', '.join(_ATTENTIONS)}")
         kinds.append({"name": name, **{key: getattr(block.attention, key) for key in _ATTENTIONS[name][1]}})
+    is_llama = type(model) is LlamaT6
+    as_built = is_llama or (type(model) is T6 and model.norm is rms_norm)
+    if not as_built or any(("rope" in vars(block.attention)) != is_llama for block in model.blocks):
+        raise ValueError("the model has a norm, a RoPE or a class of its own, which the config cannot describe")
     if any(kind != kinds[0] for kind in kinds) or any(some != ranks[0] for some in ranks):
         raise ValueError("the blocks have attention of different kinds or ranks; a file describes one for all")
     return {
@@ -525,14 +551,22 @@ def from_pretrained(name: str | os.PathLike, *, revision: str | None = None, tok
     folder = Path(name)
     if folder.is_dir():
         config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    elif folder.is_absolute() or len(folder.parts) > 2 or str(name).startswith("."):
+        raise FileNotFoundError(f"{name}: there is no such folder")
     else:
         from huggingface_hub import hf_hub_download  # only those who go to the hub need it
 
         config_path, weights_path = (
             hf_hub_download(str(name), file, revision=revision, token=token) for file in (CONFIG_FILE, WEIGHTS_FILE)
         )
-    model = _from_description(json.loads(Path(config_path).read_text(encoding="utf-8")), name)
-    state = load_file(weights_path, device=str(device))
+    try:
+        model = _from_description(json.loads(Path(config_path).read_text(encoding="utf-8")), name)
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{name}: {CONFIG_FILE} is damaged or incomplete ({error!r}); copy it anew") from error
+    try:
+        state = load_file(weights_path, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{name}: {WEIGHTS_FILE} is damaged or cut short ({error}); copy it anew") from error
     expected = {key: value.shape for key, value in model.state_dict().items()}
     wrong = [key for key in expected.keys() | state.keys() if key not in state or state[key].shape != expected.get(key)]
     if wrong:

@@ -91,6 +91,9 @@ if have_transformers:
         num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, eos_token_id=None, pad_token_id=255,
     )  # fmt: skip
     llama = transformers.LlamaForCausalLM(config).eval()
+    for name, weight in llama.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 2)  # fresh gains are 1, and folding a 1 wrongly would go unnoticed
     t6 = convert.llama_to_t6(llama)
     tokens = torch.randint(250, (2, 100))
     with torch.no_grad():
@@ -199,7 +202,7 @@ print(f"GQA, and the TPA that it became: held-out loss {gqa_loss:.2f} nats per t
 
 # %% [markdown]
 # Now take the inputs $x_t$ of a layer and its keys $K_t$, a matrix of $h\times d_h$ for each token, and ask how well
-# sums of $R$ outer products can do. Three answers, from the most to the least free:
+# sums of $R$ outer products can do. Three answers:
 #
 # - **per-token SVD**: the best rank-$R$ matrix for each token on its own. No method with rank $R$ can beat it, but no
 #   linear map of $x_t$ need produce its factors;
@@ -293,7 +296,7 @@ for R in (2, 4):
 # %% [markdown]
 # Mirroring changes nothing for a linear map, nor for fixed A, and takes most of their success from contextual factors:
 # they had lived off the inputs' lying to one side. With a constant they are at least as good as fixed A. So what a
-# trained linear key asks for is a constant. A TPA trained from scratch never notices: its later layers learn to live
+# trained linear key asks for is a constant. A TPA trained from scratch need not notice: its later layers learn to live
 # with even keys. A model that was trained otherwise has no reason to.
 #
 # What remains for a model that you have is fixed A at lower rank. What does it cost in loss, and how much of that do a
@@ -345,7 +348,7 @@ assert torch.equal(again(sample[:1]), small(sample[:1]))
 # architecture without biases will do):
 #
 # ```python
-# llama = transformers.LlamaForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+# llama = transformers.LlamaForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M", dtype=torch.float32)
 # t6 = convert.llama_to_t6(llama, max_len=2048)
 # ```
 #
