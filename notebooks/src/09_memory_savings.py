@@ -45,7 +45,8 @@ plots.per_token_bars(layers, "A layer of Llama 3 70B: sharing and factorizing bo
 # %% [markdown]
 # The labels say TPA (R_Q, R_K, R_V); only the last two count for the cache.
 #
-# Three things to see. No model of this size ships MHA's 16,384. TPA with ranks 1 keeps one head factor (64 numbers)
+# Three things to see. Llama 3 70B does not ship MHA's 16,384 (the first Llama 65B
+# and Qwen1.5 72B did). TPA with ranks 1 keeps one head factor (64 numbers)
 # and one feature factor (128) for keys and the same for values: 2 · (64 + 128) = 384. And MQA keeps less than any of
 # them, 256: **TPA is not the smallest cache there is**. Its claim is to be small *without* forcing all heads to share
 # one key.
@@ -61,8 +62,8 @@ for name in ("TPA (16, 1, 1)", "TPA (16, 2, 2)"):
         print(f"  {ratio:5.1f} times less than {baseline}")
 
 # %% [markdown]
-# "42.7 times less" and "5.3 times less" describe the same layer. The first compares with a model that does not exist,
-# the second with the one that you would replace. For a model that already shares its keys, quote the second.
+# "42.7 times less" and "5.3 times less" describe the same layer. The first compares with a Llama 3 70B that does not
+# exist, the second with the one that you would replace. For a model that already shares its keys, quote the second.
 #
 # ## 2 · Is the formula true?
 #
@@ -165,7 +166,7 @@ if sys.platform == "linux":
 
 # %% [markdown]
 # Bars, crosses and circles coincide: what the process holds differs from the formula by less than 1 MiB. The
-# triangles lie up to 16 MiB higher. That is the working memory of one step for 128 sequences. It grows with the
+# triangles lie some MiB higher (the cell allows 16). That is the working memory of one step for 128 sequences. It grows with the
 # context too (the weights of one query are h numbers per position; TPA's tables stop growing at 16,384 positions),
 # and is not part of the formula.
 #
@@ -190,8 +191,9 @@ for name, version in versions.items():
 
 # %% [markdown]
 # **42.9 GB as shipped, 8.1 GB with ranks (16, 1, 1), 16.1 GB with (16, 2, 2)**, all in bfloat16: 5.3 and 2.7 times
-# less. A TPA layer of these sizes also has fewer weights than the GQA layer, so the model shrinks by more than 4
-# billion.
+# less. (As MHA with its own 64 heads it would hold 343.6 GB.) A TPA layer with these heads also has fewer weights than
+# the GQA layer, so the model shrinks by more than 4 billion, which is capacity lost. With heads added until the layer has
+# GQA's weights (110 and 107 heads) the ratios are 4.3 and 2.2.
 #
 # But the cache is not alone on the GPU. In bfloat16 the weights alone take 141 GB: *no* cache fits on 80 GB, and TPA
 # does not change that. What does fit depends on how the weights are stored:
@@ -203,7 +205,8 @@ for dtype in ("bfloat16", "int8", "int4"):
 
 # %% [markdown]
 # With 8-bit weights the shipped model has room for 28,827 tokens, TPA for 226,110 with ranks 1 and 111,007 with
-# ranks 2. Only rank 1 reaches 128k. With 4-bit weights all three do, and TPA buys *more sequences at once* instead.
+# ranks 2. Only rank 1 reaches 128k. (Of its 226,110 tokens some 72,000 are due to the smaller weights. The model was made
+# for 131,072; beyond that the room buys sequences.) With 4-bit weights all three do, and TPA buys *more sequences at once* instead.
 # (Activations, and the scales of quantized weights, come on top: leave some GB free.)
 
 # %%
@@ -214,17 +217,17 @@ plots.largest_context_by_memory(llama, weight_dtype="int4")
 
 # %% [markdown]
 # In both figures the scales are logarithmic: equal distances are equal ratios, and k is 1,024 tokens, so 136,484 is
-# 133k. TPA moves the line down, it does not change its slope. The cache still grows with every token.
+# 133k. On these axes TPA moves the line down and leaves its slope. The cache still grows with every token.
 #
 # For your own model, change the first line:
 
 # %% tags=["nbval-check-output"]
-model, budget, context = MODELS["Llama 3 8B"], 24 * GB, 65_536
+model, budget, context = MODELS["Llama 3 8B"], 24 * GB, 131_072
 for version in (model, model.with_tpa(16, 1, 1), model.with_tpa(16, 2, 2)):
     cache, weights = version.cache_bytes(context), version.weight_bytes("bfloat16")
     print(
         f"{version.layer.describe():26s} cache {cache / GB:5.2f} GB, {model.cache_bytes(context) / cache:.1f} times "
-        f"less; weights {weights / GB:5.2f} GB; {'fits' if cache + weights <= budget else 'does not fit'}"
+        f"less than shipped; weights {weights / GB:5.2f} GB; {'fits' if cache + weights <= budget else 'does not fit'}"
     )
 
 # %% [markdown]
@@ -254,7 +257,7 @@ for model in MODELS.values():
 # ## 5 · When is it not worth it?
 #
 # **At ranks above break-even.** TPA keeps (R_K + R_V)(h + d_h) numbers, G shared heads keep 2 G d_h. TPA loses as
-# soon as R_K + R_V > 2 G d_h / (h + d_h); for MHA, put G = h. In the map the heavy line is that boundary, where the
+# soon as R_K + R_V > 2 G d_h / (h + d_h); for MHA, put G = h; against a latent, (d_c + d_R) / (h + d_h). In the map the heavy line is that boundary, where the
 # two tie.
 
 # %% claim="break-even"
@@ -289,12 +292,12 @@ for name, heads in PAPER_HEADS["small-124M"].items():
 assert numbers["mqa"] < numbers["gqa"] < numbers["mla"] < numbers["tpa"] < numbers["mha"]
 
 # %% [markdown]
-# At the paper's small size TPA caches 3.9 times less than MHA and *more* than MQA, GQA with two heads, and MLA. Its
-# argument there is quality at a small cache, and at that size the reported averages of TPA, MLA and MHA lie within
-# 0.02 points of each other, from single runs. (Three head counts, those of MLA, KV-only and TPA, are not the nearest
+# At the paper's small size TPA caches 3.9 times less than MHA and *more* than all the others. Its argument there is
+# quality at a small cache: the reported zero-shot averages are 46.21 for TPA, 46.20 for MLA, 46.19 for MHA, and 45.14
+# and 45.04 for MQA and GQA, from single runs (our own small runs: notebook 08). (Three head counts, those of MLA, KV-only and TPA, are not the nearest
 # whole number, as notebook 07 found too; the paper does not say why.)
 #
-# **For short contexts.** The cache competes with the weights. Count both:
+# **For few cached tokens**, context times sequences. The cache competes with the weights. For one sequence:
 
 # %% tags=["nbval-check-output"]
 one = versions["TPA (16, 1, 1)"]
@@ -306,12 +309,14 @@ for context in (1024, 8192, 131_072):
 
 # %% [markdown]
 # **For models that look back a short way only.** Where most layers keep a sliding window, as in Gemma 3, the window
-# has done the work:
+# has done most of the work before TPA comes:
 
 # %% tags=["nbval-check-output"]
 gemma = MODELS["Gemma 3 27B"]
 everywhere = gemma.layer.cached_numbers * gemma.n_layer * 131_072 * 2
 print(f"Gemma 3 27B, 128k tokens: {gemma.cache_bytes(131_072) / GB:.1f} GB; without windows {everywhere / GB:.1f} GB")
+for ranks in ((16, 1, 1), (16, 2, 2)):
+    print(f"  with its windows and TPA {ranks}: {gemma.with_tpa(*ranks).cache_bytes(131_072) / GB:.1f} GB")
 deepseek = MODELS["DeepSeek-V3"]
 for ranks in ((16, 1, 1), (16, 2, 2)):
     shipped, own = deepseek.layer.cached_numbers, deepseek.with_tpa(*ranks).layer.cached_numbers
@@ -319,6 +324,13 @@ for ranks in ((16, 1, 1), (16, 2, 2)):
 
 # %% [markdown]
 # DeepSeek-V3's latent is already so small that only rank 1 is below it, by a ninth, and rank 2 nearly doubles it.
+#
+# **Where fewer bits will do.** The shipped cache in 8 bits takes 21.5 GB for 128k tokens, in 4 bits 10.7 GB, and nothing
+# has to be trained anew. (TPA's factors could be stored so too; nobody has shown that here.)
+#
+# **Where heads are divided over GPUs.** All heads share b, so each of N GPUs holds all of it: (R_K + R_V)(h/N + d_h)
+# numbers against 2 (G/N) d_h. For the 70B on 8 GPUs that is 272 with ranks 1 and 544 with ranks 2, against 256 as
+# shipped. Dividing the cache by positions (notebook 10) keeps the saving.
 #
 # **And always:** a TPA version is another model, which has to be trained. The quality results of the paper are for
 # ranks (6, 2, 2) and models up to 1.5 billion weights; rank 1 appears in its speed measurements. Nobody has shown a
@@ -333,6 +345,9 @@ for ranks in ((16, 1, 1), (16, 2, 2)):
 #   value: h (2 d_c + d_R) M.
 # - TPA: (R_Q R_K d_h + h R_Q R_K + h R_V d_h) M: the products of feature factors are shared by all heads (notebook
 #   06).
+#
+# This is the paper's order of the sums. The code of this course assembles the few queries first, (R_K + R_V) h (d_h + 1)
+# M: here 16,512 with ranks 1 and 33,024 with ranks 2, against MHA's 16,384.
 
 # %% claim="app-a4-costs" tags=["nbval-check-output"]
 for label, layer in layers.items():
@@ -346,7 +361,7 @@ assert Layer("tpa", 7168, 64, 128, rank_q=16, rank_k=1, rank_v=1).decode_multipl
 plots.decode_cost({label: layer for label, layer in layers.items() if label != "MQA"})
 
 # %% [markdown]
-# Left: ranks (16, 1, 1) compute less than MHA, (16, 2, 2) more. Right: both read far less. Decoding one sequence is
+# Left: in that order ranks (16, 1, 1) compute less than MHA, (16, 2, 2) more. Right: both read far less. Decoding one sequence is
 # usually limited by reading, so the right-hand side decides; with a large batch or a slow processor the left one
 # does. MLA reads little and computes most. These are counts, not seconds: for seconds, see notebook 10 and `python -m
 # tpa_minimal.bench`.
@@ -404,12 +419,13 @@ for r, ax in enumerate(axes):
     table = a_k[0, :, r].T  # (h, T)
     limit = a_k.abs().max()
     image = ax.imshow(table, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+    ax.plot(*torch.where(table.T < 0), ".", color="black", markersize=2)  # for readers without colour
     ax.set_ylabel(f"head\n(rank {r + 1})")
     ax.set_yticks(range(8), range(1, 9))
     ax.grid(visible=False)
 axes[1].set_xticks(range(len(words)), words, rotation=90, fontsize=8)
 fig.colorbar(image, ax=axes, label="entry of $a_K$")
-axes[0].set_title("$A_K$: each token says how strongly, and with which sign, it shows itself to each head")
+axes[0].set_title("$A_K$: each token says how strongly it shows itself to each head (dots: negative)")
 plt.show()
 
 # %% [markdown]
@@ -437,7 +453,7 @@ ax.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
 ax.set_yticks(range(len(words)), words, fontsize=8)
 ax.grid(visible=False)
 fig.colorbar(image, label="cosine of two $b_K$ (rank 1)")
-ax.set_title("$B_K$ (rank 1): the tokens of the count are alike, digits or not")
+ax.set_title("$B_K$ (rank 1): the count is a block, digits and separators differ within it")
 plt.show()
 
 # %% [markdown]
@@ -585,4 +601,4 @@ checks.ex09_3(leaflet)
 #   done the work, or where retraining is out of the question.
 # - Name the baseline. 42.7× and 5.3× can be the same layer.
 #
-# **Next:** [10 · flash decode](10_flash_decode.ipynb), where fewer bytes become fewer milliseconds.
+# **Next:** [10 · flash decode](10_flash_decode.ipynb), where fewer bytes sometimes become fewer milliseconds.
