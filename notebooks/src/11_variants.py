@@ -292,6 +292,7 @@ steps = 400 if os.environ.get("TPA_FULL") == "1" else 40
 held_out = list(lessons.validation_batches(batch_size=16, seq_len=64, max_batches=8))
 
 
+# %%
 def bytes_and_loss(attention, seed=0, **changes):
     torch.manual_seed(seed)
     model = T6(replace(small, **changes), attention=attention)
