@@ -533,7 +533,7 @@ for cell in ("mha", "tpa", "tpa-init-authors"):
 # With each seed MHA has the lowest loss and TPA from the paper's start the highest. But two seeds make an interval that is
 # as good as none (Student's t is 12.7 for them), so we claim no more than that the order of the short runs came out once
 # more. Recall lies between 52 % and 64 %, where 64 questions answered by a coin lie between 38 % and 62 % nineteen times
-# in twenty: still nothing that can be told from guessing. To measure recall takes longer training than a laptop allows.
+# in twenty: at most a first sign of it, and the same for all three. To measure recall takes longer training still.
 #
 # ### Real text
 #
