@@ -211,6 +211,20 @@ def test_a_refusal_is_not_tried_again(monkeypatch):
 
 @needs_hub
 @needs_gpt2
+def test_a_hub_that_stops_answering_ends_in_one_line(hub, gpt2, cache, monkeypatch):
+    """The request for the list of files has no time-out of its own."""
+    from huggingface_hub import HfFileSystem
+
+    hub()
+    monkeypatch.setattr(data, "PATIENCE", 0.5)
+    monkeypatch.setattr(HfFileSystem, "glob", lambda *_: time.sleep(60))
+    started = time.monotonic()
+    with pytest.raises(data.DataError, match=r"^listing FineWeb-Edu failed .*no answer within 0.25 s.*--data lessons$"):
+        data.prepare("fineweb-edu", 5000, progress=False)
+    assert time.monotonic() - started < 20
+    assert not list(cache.glob("**/*.bin"))
+
+
 def test_auto_takes_fineweb_edu_where_it_can(hub, gpt2):
     hub()
     assert data.prepare("auto", 20_000, progress=False).source == "fineweb-edu"

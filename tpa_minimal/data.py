@@ -348,22 +348,16 @@ def _unreachable(address: str, seconds: float) -> str | None:
     """Why an address does not answer well within `seconds`, or None if it does."""
     import requests
 
-    answers = queue.Queue()
-
     def ask():
-        try:
-            with requests.get(address, timeout=seconds, stream=True) as response:
-                answers.put(None if response.ok else f"answers {response.status_code}")
-        except Exception as error:
-            slow = isinstance(error, requests.Timeout)
-            answers.put(f"does not answer within {seconds:g} s" if slow else "cannot be reached")
+        with requests.get(address, timeout=seconds, stream=True) as response:
+            return None if response.ok else f"answers {response.status_code}"
 
-    # In a thread of its own, because looking up a name has no time-out.
-    threading.Thread(target=ask, daemon=True).start()
     try:
-        problem = answers.get(timeout=seconds)
-    except queue.Empty:
+        problem = _within(seconds, ask)  # looking up a name has no time-out of its own
+    except (TimeoutError, requests.Timeout):
         problem = f"does not answer within {seconds:g} s"
+    except Exception:
+        problem = "cannot be reached"
     return problem and f"{urlsplit(address).netloc or address} {problem}"
 
 
@@ -376,10 +370,31 @@ def _hub_documents() -> Iterator[tuple[str, float]]:
 
     hub = HfFileSystem(endpoint=_hub_endpoint(), skip_instance_cache=True)
     folder = f"datasets/{HUB_REPOSITORY}/{HUB_FOLDER}"
-    paths = _patiently(lambda: sorted(hub.glob(f"{folder}/*.parquet")), "listing FineWeb-Edu")
+    listing = functools.partial(_within, PATIENCE / 2, lambda: sorted(hub.glob(f"{folder}/*.parquet")))
+    paths = _patiently(listing, "listing FineWeb-Edu")
     for path in paths:
         # Without a cache, what is asked for is what is read, and not the 5 MB after it too.
         yield from _parquet_documents(lambda path=path: hub.open(path, cache_type="none"), Path(path).name, _patiently)
+
+
+def _within(seconds: float, action: Callable):
+    """The action's result or error; TimeoutError after so many seconds, for a request that has no time-out."""
+    answers = queue.Queue()
+
+    def act():
+        try:
+            answers.put((action(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    threading.Thread(target=act, daemon=True).start()
+    try:
+        result, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return result
 
 
 def _patiently(action: Callable, what: str):
