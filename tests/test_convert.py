@@ -92,6 +92,14 @@ def test_groups_must_divide_the_heads():
         convert.group_factors(6, 4)
 
 
+def test_layers_of_another_kind_are_refused_by_name():
+    layer = TensorProductAttention(config())
+    with pytest.raises(TypeError, match="TensorProductAttention: only a MultiHeadAttention"):
+        convert.mha_to_tpa(layer)
+    with pytest.raises(TypeError, match="TensorProductAttention: only FixedHeadFactors"):
+        convert.tpa_to_mha(layer)
+
+
 # ------------------------------------------------------------------------------------------------------- LLaMA
 
 SHAPES = [
@@ -240,6 +248,12 @@ def test_another_architecture_is_refused():
     mistral = transformers.MistralForCausalLM(transformers.MistralConfig(num_key_value_heads=1, **sizes))
     with pytest.raises(ValueError, match="model_type='mistral'"):
         convert.llama_to_t6(mistral)
+    for other in (T6(config()), llama().model, nn.Linear(2, 2)):
+        for function in (convert.llama_to_t6, convert.use_tpa):
+            with pytest.raises(TypeError, match=f"{type(other).__name__}: needed is a transformers.LlamaForCausalLM"):
+                function(other)
+    with pytest.raises(ValueError, match="max_len=0"):
+        convert.llama_to_t6(llama(), max_len=0)
 
 
 # ----------------------------------------------------------------------------------- TPA inside transformers
@@ -301,8 +315,9 @@ def test_tpa_as_self_attn_generates_with_a_static_cache(shape):
     options = dict(max_new_tokens=12, do_sample=False, cache_implementation="static")
     expected = model.generate(prompt, **options)
     assert torch.equal(convert.use_tpa(model).generate(prompt, **options), expected)
-    with pytest.raises(ValueError, match="already"):
-        convert.use_tpa(model)
+    for function in (convert.llama_to_t6, convert.use_tpa):
+        with pytest.raises(ValueError, match="already"):
+            function(model)
 
 
 def test_attention_that_takes_no_mask_is_refused():
@@ -407,6 +422,11 @@ def test_a_bfloat16_model_goes_down_in_rank_too():
 def test_only_fixed_heads_go_down_in_rank():
     with pytest.raises(ValueError, match="TensorProductAttention: only FixedHeadFactors"):
         convert.reduce_rank(T6(config()), torch.zeros(1, 2, dtype=torch.long), 1, 1)
+    mixed = converted()
+    mixed.blocks[1].attention = TensorProductAttention(config())
+    with pytest.raises(ValueError, match="TensorProductAttention: only FixedHeadFactors"):
+        convert.reduce_rank(mixed, torch.zeros(1, 2, dtype=torch.long), 1, 1)
+    assert not mixed.blocks[0].attention._forward_pre_hooks
 
 
 # ------------------------------------------------------------------------------------ the authors' checkpoints
@@ -553,6 +573,18 @@ def test_converted_and_reduced_llamas_are_saved_and_loaded(tmp_path):
         assert frozen == [name for name, p in model.named_parameters() if not p.requires_grad]
 
 
+def test_a_llama_with_a_norm_or_rope_of_ones_own_is_refused(tmp_path):
+    for change in ("rope", "norm", "eps"):
+        ours = convert.llama_to_t6(llama())
+        if change == "rope":
+            ours.blocks[1].attention.rope = torch.tanh
+        else:
+            eps = 0.5 if change == "eps" else ours.llama["norm_eps"]
+            ours.norm = partial(convert.llama_norm if change == "eps" else torch.tanh, eps=eps, in_float32=True)
+        with pytest.raises(ValueError, match="of its own"):
+            convert.save_pretrained(ours, tmp_path)
+
+
 def test_a_model_converted_block_by_block_is_saved_with_its_layers_ranks(tmp_path):
     model, tokens = converted(), torch.randint(31, (1, 12))
     model.blocks[1].attention.factor_proj.weight.data *= 1.5
@@ -594,9 +626,12 @@ def test_what_cannot_be_described_or_read_is_refused(tmp_path):
     with pytest.raises(ValueError, match="of its own"):
         convert.save_pretrained(T6(config(), norm=torch.tanh), tmp_path)
     turned = T6(config())
-    turned.blocks[1].attention.rope = None
-    with pytest.raises(ValueError, match="of its own"):
-        convert.save_pretrained(turned, tmp_path)
+    turned.blocks[1].attention.rope = torch.tanh
+    normed = T6(config())
+    normed.blocks[1].norm = torch.tanh
+    for model in (turned, normed):
+        with pytest.raises(ValueError, match="of its own"):
+            convert.save_pretrained(model, tmp_path)
     for name in (tmp_path / "nowhere", "./nowhere", "runs/some/where"):
         with pytest.raises(FileNotFoundError, match="no such folder"):
             convert.from_pretrained(name)
@@ -619,7 +654,7 @@ def test_what_cannot_be_described_or_read_is_refused(tmp_path):
     refuse("does not know", attention={"name": "KeyValueOnly", "d_b": 2})
     refuse("colour.*does not know", config={**good["config"], "colour": 1})
     refuse("not as config.json describes", config={**good["config"], "n_head": 3})
-    refuse("d_head=7", config={**good["config"], "d_head": 7})
+    refuse("config.json: .*d_head=7", config={**good["config"], "d_head": 7})
     refuse("config.json is damaged", config={name: good["config"][name] for name in ("vocab_size", "n_layer")})
     for damaged in ("{}", "", json.dumps(good)[:-20]):
         (tmp_path / "config.json").write_text(damaged)

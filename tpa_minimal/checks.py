@@ -1413,10 +1413,12 @@ def ex11_1(attempt):
         base = 2 * R * (h + d_head)
         for name, numbers in right.items():
             best, fixed_a = numbers(R, h, d_head), name == "shared B, fixed A"
+            constants = 2 * fixed_a + (name == "fixed a_k")
             mistakes = {
                 "that is TPA's own cache: what is shared or constant need not be kept twice, or at all": base,
                 "you kept constants too: they are weights of the layer, the same for every token": best
-                + R * h * (1 + fixed_a),
+                + R * h * constants,
+                "that is shared B, two head factors and one feature factor: what is shared here?": R * (2 * h + d_head),
                 "b is needed once only, unrotated: b_k is made from it": R * (2 * d_head + h * (not fixed_a)),
                 "each of the R rows has to be kept": numbers(1, h, d_head),
                 "that is one a and one b: what else does a token bring?": R * (h + d_head),

@@ -63,6 +63,8 @@ def mha_to_tpa(layer: baselines.MultiHeadAttention) -> FixedHeadFactors:
     `layer`. The cache holds 2 G d_h numbers per token, as GQA's does. Decoding multiplies by the zeros of the masks
     too, and so takes G times GQA's multiply–adds: this is for starting from a model, not for speed.
     """
+    if not isinstance(layer, baselines.MultiHeadAttention):
+        raise TypeError(f"{type(layer).__name__}: only a MultiHeadAttention, with any number of groups, converts")
     weights = (layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight, layer.out_proj.weight)
     return _fixed_head_tpa(layer.config, *weights).train(layer.training)
 
@@ -73,6 +75,8 @@ def tpa_to_mha(layer: FixedHeadFactors) -> baselines.MultiHeadAttention:
 
     Fixed-A TPA is thus MHA whose heads' matrices are mixtures of R ones. The result's cache is MHA's, 2 h d_h.
     """
+    if not isinstance(layer, FixedHeadFactors):
+        raise TypeError(f"{type(layer).__name__}: only FixedHeadFactors are MHA")
     mha = baselines.MultiHeadAttention(layer.config).to(layer.out_proj.weight)
     b_rows = layer.factor_proj.weight.split(layer.sizes)[1::2]
     for proj, a, rows in zip((mha.q_proj, mha.k_proj, mha.v_proj), (layer.a_q, layer.a_k, layer.a_v), b_rows):
@@ -137,6 +141,10 @@ def _llama_rope(extras: dict):
 
 def _llama_extras(model) -> dict:
     """What LlamaT6 needs beside weights from a LlamaForCausalLM. Raises ValueError for what it cannot carry over."""
+    if not hasattr(model, "lm_head") or not hasattr(getattr(model, "config", None), "model_type"):
+        raise TypeError(f"{type(model).__name__}: needed is a transformers.LlamaForCausalLM")
+    if any(isinstance(module, LlamaSelfAttention) for module in model.modules()):
+        raise ValueError("the model has TPA as self_attn already: take one that was just loaded")
     c = model.config
     if c.model_type != "llama":
         raise ValueError(f"model_type={c.model_type!r}: only LLaMA-style checkpoints, of model_type 'llama', convert")
@@ -279,11 +287,9 @@ def use_tpa(model):
     """Replace each `self_attn` of a `transformers.LlamaForCausalLM`, in place, by the fixed-A TPA that equals it.
 
     Returns the model, whose `forward` and `generate` go on as before. Its weights have new names: to keep a model on
-    disk, save it before, and call this again after loading. Raises ValueError as `llama_to_t6` does, and for a model
+    disk, save it before, and call this again after loading. Raises ValueError as `llama_to_t6` does, also for a model
     that has been through this already.
     """
-    if any(isinstance(module, LlamaSelfAttention) for module in model.modules()):
-        raise ValueError("the model has TPA as self_attn already: use_tpa is for one that was just loaded")
     rope, config = _llama_rope(_llama_extras(model)), _llama_config(model.config, None)
     for i, layer in enumerate(model.model.layers):
         attention = _llama_attention(layer.self_attn, config)
@@ -493,6 +499,24 @@ _ATTENTIONS = {
 }
 
 
+def _as_built(model: T6) -> bool:
+    """Whether class, norms and RoPE of `model` are those that `_from_description` gives it."""
+    if type(model) not in (T6, LlamaT6):
+        return False
+    norm, rope = rms_norm, None
+    if type(model) is LlamaT6:
+        norm = partial(llama_norm, eps=model.llama["norm_eps"], in_float32=model.llama["in_float32"])
+        rope = _llama_rope(model.llama)
+
+    def same(f, g):
+        parts = [(p.func, p.args, p.keywords) if isinstance(p, partial) else p for p in (f, g)]
+        return parts[0] == parts[1]
+
+    return same(model.norm, norm) and all(
+        same(block.norm, norm) and same(vars(block.attention).get("rope"), rope) for block in model.blocks
+    )
+
+
 def _description(model: T6) -> dict:
     """All that is needed to build `model` again, as JSON has it."""
     kinds, ranks = [], []
@@ -502,9 +526,7 @@ def _description(model: T6) -> dict:
         if _ATTENTIONS.get(name, (None,))[0] is not type(block.attention):
             raise ValueError(f"attention {name} cannot be saved by name; known are {', '.join(_ATTENTIONS)}")
         kinds.append({"name": name, **{key: getattr(block.attention, key) for key in _ATTENTIONS[name][1]}})
-    is_llama = type(model) is LlamaT6
-    as_built = is_llama or (type(model) is T6 and model.norm is rms_norm)
-    if not as_built or any(("rope" in vars(block.attention)) != is_llama for block in model.blocks):
+    if not _as_built(model):
         raise ValueError("the model has a norm, a RoPE or a class of its own, which the config cannot describe")
     if any(kind != kinds[0] for kind in kinds) or any(some != ranks[0] for some in ranks):
         raise ValueError("the blocks have attention of different kinds or ranks; a file describes one for all")
@@ -591,9 +613,12 @@ def _from_description(found: dict, name) -> T6:
             f"{name}: {CONFIG_FILE} asks for {sorted(unknown) or found['attention']}, which this version does not know"
         )
     make = partial(_ATTENTIONS[kind][0], **attention)
-    with torch.device("meta"):
-        config = T6Config(**found["config"])
-        model = LlamaT6(config, make, **found["llama"]) if found.get("llama") else T6(config, make)
+    try:
+        with torch.device("meta"):
+            config = T6Config(**found["config"])
+            model = LlamaT6(config, make, **found["llama"]) if found.get("llama") else T6(config, make)
+    except ValueError as error:
+        raise ValueError(f"{name}: {CONFIG_FILE}: {error}") from error
     for parameter in found.get("frozen", []):
         model.get_parameter(parameter).requires_grad_(False)
     return model

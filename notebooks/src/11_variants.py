@@ -270,11 +270,12 @@ print("sines at position 2:", [round(s, 3) for s in sin[2].tolist()])
 # ## Bytes and loss
 #
 # How do they learn? Below, each variant is trained for a few dozen steps on the built-in lessons, from three seeds for
-# TPA itself and one for each other. Read the figure for what it is: **the start of training of very small models**. It
-# shows who gets going quickly, which depends on the scale at which each one starts: when we multiplied the weights of
-# TPA's $b_v$ alone by 0.15, it gained 0.4 nats, and from the paper's initialization softmax heads led TPA by as much,
-# because their shares, 1/8 on average, make the values small. So all start here as the authors' code does (notebook 02),
-# with small factors. The figure does not rank finished models; the paper's table does, for its sizes. `TPA_FULL=1` in the environment trains ten times longer.
+# TPA itself and one for each other. Read the figure for what it is: **the start of training of very small models**.
+# What decides that is how large the *values* are at first, not the variant. From the paper's initialization softmax
+# heads led TPA by 0.4 nats, since their shares, 1/8 on average, make the values small; with the weights of $b_v$
+# multiplied by 0.15, TPA gained as much. So here all start as the authors' code does (notebook 02), with small factors,
+# and the figure ranks none of them; the paper's table does, for its sizes. `TPA_FULL=1` in the environment trains ten
+# times longer.
 
 # %%
 import os

@@ -31,6 +31,7 @@ def test_an_empty_stub_is_todo(checker):
         ({"shared B, fixed A": lambda R, h, d: R * (d + 2 * h)}, "constants"),
         ({"fixed a_k": lambda R, h, d: R * (2 * h + 2 * d)}, "TPA's own cache"),
         ({"shared B, fixed A": lambda R, h, d: 2 * R * d}, "b is needed once only"),
+        ({"shared A": lambda R, h, d: R * (2 * h + d)}, "that is shared B"),
         ({"shared both": lambda R, h, d: h + d}, "each of the R rows"),
         ({"shared A": lambda R, h, d: R * (h + d)}, "one a and one b"),
         ({"shared both": lambda R, h, d: 7}, "cross out"),
