@@ -44,7 +44,7 @@ def test_lines_of_the_cache_are_the_formula():
     assert mha.get_ydata()[0] == 16384 * 80 * 2 * 1024 / GB
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["MHA, 64 heads", "GQA, 8 key-value heads (as shipped)", "TPA, ranks (16, 1, 1)",
-                     "TPA, ranks (16, 2, 2)", "44.7 GB free beside the\nshipped model's int4 weights"]  # fmt: skip
+                     "TPA, ranks (16, 2, 2)", "44.7 GB free\nbeside the shipped\nmodel's int4 weights"]  # fmt: skip
 
 
 def test_no_level_where_the_weights_do_not_fit():

@@ -1284,6 +1284,9 @@ def ex09_2(largest_rank):
         "the baseline is what the model ships, its n_kv_head shared heads, not MHA with n_head": rule(mha=True),
         "keys and values both have rank R, so TPA keeps 2 R (h + d_h) numbers per token": rule(both=1),
         "where even rank 1 saves too little, the answer is 0": [max(1, n) for n in rule()],
+        "multiplied by `times`: TPA's cache times `times` must fit into the shipped one, so divide": [
+            math.floor(G * d * times / (h + d)) for h, d, G, times in cases
+        ],
         "`times` is not used: that is break-even": [math.floor(G * d / (h + d)) for h, d, G, _ in cases],
     }
     _diagnose(given, answers, cases)

@@ -76,7 +76,13 @@ LOOKS = {  # colour, marker, line, hatch
 }
 TPA_LOOKS = [(COLOURS[0], "^", "-.", ".."), (COLOURS[5], "P", "-", "++"), (COLOURS[4], "X", "--", "oo")]
 RANKS = ((16, 1, 1), (16, 2, 2))
-GPUS = {24: "RTX 4090", 48: "L40S", 80: "A100, H100", 141: "H200", 192: "B200"}  # GB of memory
+GPUS = {
+    24: "RTX 4090",
+    48: "L40S",
+    80: "A100, H100",
+    141: "H200",
+    180: "B200",
+}  # GB of memory; DGX and HGX B200: 1,440 GB for 8
 
 
 def tokens_text(tokens: float) -> str:
@@ -135,6 +141,7 @@ def cache_against_context(
     dtype: str = "bfloat16",
     memory: float | None = None,
     weight_dtype: str = "bfloat16",
+    title: str | None = None,
 ) -> Figure:
     """Bytes of the cache against the context, one line for MHA, the shipped layer and each TPA.
 
@@ -148,17 +155,17 @@ def cache_against_context(
     for (label, version), (colour, marker, line, _) in zip(versions.items(), looks):
         held = [version.cache_bytes(context, batch_size, dtype) / GB for context in contexts]
         ax.plot(contexts, held, marker=marker, linestyle=line, color=colour, markersize=4)
-        ax.annotate(label, (contexts[-1], held[-1]), (6, 0), textcoords="offset points", va="center", color=colour)
+        ax.annotate(label, (contexts[-1], held[-1]), (6, 0), textcoords="offset points", va="center")
     if memory is not None and (free := memory - model.weight_bytes(weight_dtype)) > 0:
         ax.axhline(free / GB, color="black", linewidth=1)
-        text = f"{free / GB:.3g} GB free beside the\nshipped model's {weight_dtype} weights"
+        text = f"{free / GB:.3g} GB free\nbeside the shipped\nmodel's {weight_dtype} weights"
         ax.annotate(text, (contexts[0], free / GB), (0, 4), textcoords="offset points", fontsize=9)
     _contexts_axis(ax, contexts)
     ax.set_yscale("log")
-    ax.set_ylabel("cache [GB]")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     sequences = "one sequence" if batch_size == 1 else f"{batch_size} sequences"
-    ax.set_title(f"{model.name}: what the cache of {sequences} holds, in {dtype}")
+    ax.set_ylabel(f"cache of {sequences} in {dtype} [GB]")
+    ax.set_title(title or f"{model.name}: what the cache holds")
     return _closed(fig)
 
 
@@ -197,15 +204,18 @@ def ratio_map(ranks=(1, 2, 4, 8), n_kv_head=None, marks: dict[str, tuple[int, in
         ax.contourf(heads, widths, np.log2(ratio), levels=np.arange(-4, 7.1, 0.5), cmap="Blues", vmin=-2, vmax=10)
         ax.contourf(heads, widths, ratio, levels=[0, 1], colors="none", hatches=["xxx"])
         lines = ax.contour(heads, widths, ratio, levels=[2, 4, 8, 16, 32], colors="black", linewidths=0.8)
-        middles = [line[len(line) // 2] for level in lines.allsegs for line in level if len(line) > 30]
-        middles = [point for point in middles if point[0] > 1.5 * heads[0]]  # further left the label would be cut
+        places = []  # of the lines' labels: low, where no mark is, and not so near an edge that they would be cut
+        for line in (line for level in lines.allsegs for line in level if len(line) > 30):
+            inner = line[(line[:, 0] > 1.5 * heads[0]) & (line[:, 0] < 0.8 * heads[-1]) & (line[:, 1] < 200)]
+            if len(inner):
+                places.append(inner[np.abs(np.log(inner[:, 1] / 28)).argmin()])
         ax.contour(heads, widths, ratio, levels=[1], colors=COLOURS[1], linewidths=3.5)
         for name, (x, y) in (marks or {}).items():
             ax.plot(x, y, "o", color="white", markeredgecolor="black", markersize=7)
             ax.annotate(name, (x, y), (-6, 6), textcoords="offset points", fontsize=9, ha="right", bbox=label)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log", base=2)
-        for text in ax.clabel(lines, fmt=lambda level: f"{level:g}×", fontsize=9, manual=middles):
+        for text in ax.clabel(lines, fmt=lambda level: f"{level:g}×", fontsize=9, manual=places):
             text.set(bbox=label, rotation=0)
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -220,7 +230,13 @@ def ratio_map(ranks=(1, 2, 4, 8), n_kv_head=None, marks: dict[str, tuple[int, in
 
 
 def largest_context_by_memory(
-    model: Model, ranks=RANKS, *, batch_size: int = 1, dtype: str = "bfloat16", weight_dtype: str = "bfloat16"
+    model: Model,
+    ranks=RANKS,
+    *,
+    batch_size: int = 1,
+    dtype: str = "bfloat16",
+    weight_dtype: str = "bfloat16",
+    title: str | None = None,
 ) -> Figure:
     """The largest context that fits beside the weights on GPUs of several sizes, a bar for each version."""
     fig, ax = plt.subplots(figsize=(9.5, 3.8))
@@ -242,12 +258,12 @@ def largest_context_by_memory(
     ax.grid(axis="x", visible=False)
     ax.set_ylabel("largest context [tokens]")
     ax.legend(fontsize=9, loc="upper left", ncols=2)
-    title = f"{model.name}: what fits on one GPU, weights in {weight_dtype}, cache in {dtype} (0: the weights do not)"
-    ax.set_title(title, fontsize=11)
+    ax.set_xlabel(f"GPU; weights in {weight_dtype}, cache in {dtype} (0: the weights do not fit)")
+    ax.set_title(title or f"{model.name}: what fits on one GPU")
     return _closed(fig)
 
 
-def decode_cost(layers: dict[str, Layer], dtype: str = "bfloat16") -> Figure:
+def decode_cost(layers: dict[str, Layer], dtype: str = "bfloat16", title: str | None = None) -> Figure:
     """What one new token costs a layer, against the context: multiply-adds (App. A.4), and bytes of cache read."""
     contexts = [2**n for n in range(12, 20)]
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
@@ -258,11 +274,12 @@ def decode_cost(layers: dict[str, Layer], dtype: str = "bfloat16") -> Figure:
         left.plot(contexts, [layer.decode_multiply_adds(context) / 1e9 for context in contexts], **kind)
         model = Model("", layer, 1, 0, 0, "")
         right.plot(contexts, [model.cache_bytes(context, dtype=dtype) / GB for context in contexts], **kind)
-    for ax, title, unit in ((left, "Arithmetic", "multiply-adds [10⁹]"), (right, "Memory traffic", "cache read [GB]")):
+    for ax, what, unit in ((left, "Arithmetic", "multiply-adds [10⁹]"), (right, "Memory traffic", "cache read [GB]")):
         _contexts_axis(ax, contexts)
         ax.set_yscale("log")
-        ax.set_title(f"{title} of one new token, one layer")
+        ax.set_title(f"{what} of one new token, one layer", fontsize=11 if title else None)
         ax.set_ylabel(unit)
+    fig.suptitle(title or "", x=0.01, ha="left", fontsize=12)
     for same in by_cost.values():
         if len(same) > 1:
             names = " and ".join(layer.mechanism.upper() for layer in same)
@@ -476,7 +493,7 @@ def build_explorer(settings: Settings = Settings()):  # noqa: B008 (frozen)
         "model": choice(drop, "model", MODELS, "model"),
         "context": choice(slide, "context", [(tokens_text(n), n) for n in powers], "context"),
         "batch_size": choice(slide, "batch_size", [2**n for n in range(9)], "batch"),
-        "memory_gb": choice(slide, "memory_gb", [8, 16, 24, 48, 80, 141, 192, 320, 640, 1128], "memory [GB]"),
+        "memory_gb": choice(slide, "memory_gb", [8, 16, 24, 48, 80, 141, 180, 320, 640, 1128], "memory [GB]"),
         "rank_q": slider("rank_q", 32, "rank R_Q"),
         "rank_k": slider("rank_k", 16, "rank R_K"),
         "rank_v": slider("rank_v", 16, "rank R_V"),

@@ -24,9 +24,9 @@
 # must keep them all busy.
 #
 # The language for such programs is [Triton](https://triton-lang.org): Python functions that are compiled for the GPU.
-# It also has an **interpreter**, which runs the same functions on a CPU, slowly, and in float32
-# with the same results to rounding (in bfloat16 it cuts digits off where a GPU rounds). It must be chosen before
-# Triton is imported, so that is our first step. (Triton comes with PyTorch for CUDA on Linux; elsewhere there may be no
+# It also has an **interpreter**, which runs the same functions on a CPU, slowly, and in float32 with the same results to
+# rounding (to bfloat16 it cuts digits off where a GPU rounds). It must be chosen before Triton is imported, so that is
+# our first step. (Triton comes with PyTorch for CUDA on Linux; elsewhere there may be no
 # package for your system, and this notebook can only be read.)
 
 # %%
@@ -103,7 +103,11 @@ ax.plot(x, (x * bandwidth).clamp(max=peak) / 1e9, color="black")
 for (name, value), marker in zip(kinds.items(), "os^"):
     ax.plot(value, min(value * bandwidth, peak) / 1e9, marker, markersize=9)
     ax.annotate(name, (value, min(value * bandwidth, peak) / 1e9), (6, -16), textcoords="offset points")
-ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="billion operations per second")
+ax.set_xscale("log", base=2)
+ax.set_yscale("log", base=2)
+ax.set(xlabel="operations per byte", ylabel="billion operations per second")
+for axis in (ax.xaxis, ax.yaxis):
+    axis.set_major_formatter("{x:g}")
 ax.set_title("Limits, not measurements: where the roof slopes, memory decides")
 plt.show()
 
@@ -117,8 +121,8 @@ plt.show()
 #
 # While a model is being trained, each processor takes some of the many queries. In decoding there is one. What is long
 # is the cache, so we cut *it*: each processor takes a stretch of positions and attends to that alone. What it must hand
-# over are the three quantities of the online softmax, per head, with logits in powers of 2 as GPUs like them: the maximum $m$, the
-# sum $s = \sum 2^{\ell - m}$, and the output $y = \sum 2^{\ell - m} v$.
+# over are the three quantities of the online softmax, per head, with logits in powers of 2 as GPUs like them: the
+# maximum $m$, the sum $s = \sum 2^{\ell - m}$, and the vector $y = \sum 2^{\ell - m} v$.
 
 
 # %%
@@ -295,8 +299,8 @@ for dtype in (torch.float32, torch.bfloat16):
 assert all(value <= (1e-5 if dtype == torch.float32 else 2e-2) for (dtype, _), value in worst.items())
 
 # %% [markdown]
-# Batch 2, 20 heads, 77 positions, ranks 6, 2 and 3: nothing there fits a tile. In bfloat16 the rounding of the result and
-# that of the softmax weights, before they meet $b_v$, remain.
+# Batch 2, 20 heads, 77 positions, ranks 6, 2 and 3: nothing there fits a tile. In bfloat16 the rounding of the result
+# and that of the softmax weights, before they meet $b_v$, remain.
 #
 # ## 6 · Into the model
 #
@@ -343,8 +347,9 @@ plt.show()
 
 # %% [markdown]
 # How to read it. At long contexts only rank 1 keeps up with GQA and MQA; against a few thousand tokens both are faster,
-# and rank 2 is slower than GQA with four groups although it reads less (201 against 268 MB at 131,072 tokens). The lowest
-# line is the time for reading the rank-1 factors at the bandwidth at which the machine copies; rank 1 cannot lie below it. The distance between it and TPA's line is the arithmetic of section 1, together with
+# and rank 2 is slower than GQA with four groups although it reads less (201 against 268 MB at 131,072 tokens). The
+# lowest line is the time for reading the rank-1 factors at the bandwidth at which the machine copies; at long contexts
+# rank 1 cannot lie below it. The distance between it and TPA's line is the arithmetic of section 1, together with
 # PyTorch's passes over each block's table of weights. Let us see how close each one comes:
 
 # %%

@@ -62,6 +62,7 @@ def test_the_largest_rank():
         (lambda h, d, G, t: math.floor(2 * G * d / (t * (h + d))), "both have rank R"),
         (lambda h, d, G, t: max(1, math.floor(G * d / (t * (h + d)))), "the answer is 0"),
         (lambda h, d, G, t: math.floor(G * d / (h + d)), "`times` is not used"),
+        (lambda h, d, G, t: math.floor(G * d * t / (h + d)), "multiplied by `times`"),
         (lambda h, d, G, t: G * d / (t * (h + d)), "whole number"),
         (lambda h, d, G, t: G * d // (t * (h + d)), "// of floats gives 3.0"),
         (lambda h, d, G, t: 7, "and it is"),
