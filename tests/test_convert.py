@@ -320,6 +320,16 @@ def test_tpa_as_self_attn_generates_with_a_static_cache(shape):
             function(model)
 
 
+def test_a_static_cache_that_counts_in_place_does_not_move_the_start():
+    transformers = pytest.importorskip("transformers")
+    model = convert.use_tpa(llama(num_hidden_layers=1))
+    layer, x = model.model.layers[0].self_attn, torch.randn(2, 12, 48)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=40)
+    with torch.no_grad():
+        parts = [layer(chunk, past_key_values=cache)[0] for chunk in x.split([5, 6, 1], 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), layer(x)[0], rtol=0, atol=1e-5)
+
+
 def test_attention_that_takes_no_mask_is_refused():
     with pytest.raises(ValueError, match="RotateAssembled attends in a way of its own"):
         convert.LlamaSelfAttention(variants.RotateAssembled(config()), 0)
@@ -629,7 +639,7 @@ def test_what_cannot_be_described_or_read_is_refused(tmp_path):
     turned.blocks[1].attention.rope = torch.tanh
     normed = T6(config())
     normed.blocks[1].norm = torch.tanh
-    for model in (turned, normed):
+    for model in (turned, normed, type("OwnT6", (T6,), {})(config())):
         with pytest.raises(ValueError, match="of its own"):
             convert.save_pretrained(model, tmp_path)
     for name in (tmp_path / "nowhere", "./nowhere", "runs/some/where"):

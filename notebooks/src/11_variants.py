@@ -271,11 +271,11 @@ print("sines at position 2:", [round(s, 3) for s in sin[2].tolist()])
 #
 # How do they learn? Below, each variant is trained for a few dozen steps on the built-in lessons, from three seeds for
 # TPA itself and one for each other. Read the figure for what it is: **the start of training of very small models**.
-# What decides that is how large the *values* are at first, not the variant. From the paper's initialization softmax
-# heads led TPA by 0.4 nats, since their shares, 1/8 on average, make the values small; with the weights of $b_v$
-# multiplied by 0.15, TPA gained as much. So here all start as the authors' code does (notebook 02), with small factors,
-# and the figure ranks none of them; the paper's table does, for its sizes. `TPA_FULL=1` in the environment trains ten
-# times longer.
+# What decides that, more than the variant, is how large the *values* are at first. From the paper's initialization
+# softmax heads led TPA by 0.4 nats, since their shares, 1/8 on average, make the values small; with the weights of
+# $b_v$ multiplied by 0.15, TPA gained as much. So here all variants start as the authors' code does (notebook 02), with
+# small factors, and the figure ranks none of them; the paper's table does, for its sizes. `TPA_FULL=1` in the
+# environment trains ten times longer.
 
 # %%
 import os
@@ -356,11 +356,11 @@ ax.legend(loc="upper right")
 plt.show()
 
 # %% [markdown]
-# Squares are the baselines, circles TPA and its variants. The grey band is what a change of seed does to one and the same
-# variant; smaller differences mean nothing here. What to see: along the line of TPA's ranks more cache goes with less
-# loss, by little more than a seed does. From one mechanism to the next it does not: MHA has the largest cache and lies
-# above TPA and its variants. That is how it stands after 40 steps at one learning rate for all; notebook 08, with more
-# steps and a rate of its own for each mechanism, finds MHA ahead.
+# Squares are the baselines, circles TPA and its variants. The grey band is what a change of seed does to one and the
+# same variant; smaller differences mean nothing here. What to see: along the line of TPA's ranks more cache goes with
+# less loss, by two or three times what a seed does. From one mechanism to the next it does not: MHA has the largest
+# cache and lies above TPA and its variants. That is how it stands after 40 steps at one learning rate for all; notebook
+# 08, with more steps and a rate of its own for each mechanism, finds MHA ahead.
 #
 # ## Exercises
 #
