@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -160,3 +161,18 @@ def test_importing_the_package_loads_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(out.replace("'", '"')) == []
+
+
+@each_source
+def test_the_guide_promises_the_minutes_of_the_notebook_itself(source):
+    seconds = build.BUDGET.search(read(source).cells[0].source)[1]
+    row = re.search(
+        rf"\({source.stem}\.ipynb\) \| \d+ min \| (\d+) s \|", (build.NOTEBOOKS / "README.md").read_text("utf-8")
+    )
+    assert row and row[1] == seconds
+
+
+@each_source
+def test_links_between_notebooks_lead_somewhere(source):
+    linked = re.findall(r"\]\(([\w./]+\.(?:ipynb|py|md))\)", source.read_text("utf-8"))
+    assert not [name for name in linked if not (build.NOTEBOOKS / name).exists()]

@@ -227,3 +227,9 @@ def test_without_ipywidgets_the_picture_remains(monkeypatch):
 def test_importing_the_figures_does_not_load_widgets():
     code = "import sys; import tpa_minimal.plots; assert 'ipywidgets' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bytes_round_up_into_the_next_unit():
+    values = (999.7e9, 999.4e9, 999.7e12, 1e12, 999.7e6, 512)
+    texts = ["1 TB", "999 GB", "1,000 TB", "1 TB", "1 GB", "512 bytes"]
+    assert [plots.bytes_text(value) for value in values] == texts

@@ -99,8 +99,8 @@ def tokens_text(tokens: float) -> str:
 def bytes_text(number: float) -> str:
     """A number of bytes with three digits and its unit, in powers of 1,000."""
     for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if number >= unit:
-            return f"{number / unit:.3g} {name}" if number < 1000 * unit else f"{number / unit:,.0f} {name}"
+        if number >= 0.9995 * unit:  # three digits round it up to this unit
+            return f"{number / unit:.3g} {name}" if number < 999.5 * unit else f"{number / unit:,.0f} {name}"
     return f"{number:.0f} bytes"
 
 

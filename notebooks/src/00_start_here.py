@@ -160,7 +160,7 @@ checks.ex00_1(numbers_cached_by_mha)
 # | [11](11_variants.ipynb) variants · [12](12_bring_your_own_model.ipynb) bring your own model | go further | |
 #
 # In a hurry: 01, 02, 03, 05 and 09. To reuse the module: copy
-# [`tpa_minimal/tpa.py`](../tpa_minimal/tpa.py), which needs only PyTorch, and read 05 to 07.
+# `tpa_minimal/tpa.py`, which needs only PyTorch, and read 05 to 07.
 #
 # ## Summary
 #

@@ -548,8 +548,8 @@ for mechanism in (TensorProductAttention, MultiHeadAttention):
     print(f"{mechanism.__name__:24s}{cache.nbytes // (10 * 4)} numbers per token")
 
 # %% [markdown]
-# At this toy size the cache is 2.7 times smaller than that of an MHA with the same heads: (R_K + R_V)(h + d_h) = 4·(8
-# + 16) = 96 against 2·8·16 = 256. The saving grows with the heads and their width; notebook 09 maps it out.
+# At this toy size the cache is 2.7 times smaller than that of an MHA with the same heads: (R_K + R_V)(h + d_h) =
+# 4·(8 + 16) = 96 against 2·8·16 = 256. The saving grows with the heads and their width; notebook 09 maps it out.
 #
 # ## Exercises
 #

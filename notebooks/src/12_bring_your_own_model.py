@@ -450,4 +450,4 @@ checks.ex12_4(largest_ranks)
 # - Fixed A goes down in rank in closed form, at a price. Contextual factors, fitted afterwards, imitate a trained
 #   linear key only as far as its inputs lie to one side, because products of linear maps are even. Train them instead.
 #
-# Next: [13 · Evaluate](13_evaluate.ipynb).
+# This is the last notebook. Back to the start: [00 · Start here](00_start_here.ipynb).
