@@ -225,6 +225,20 @@ def test_a_hub_that_stops_answering_ends_in_one_line(hub, gpt2, cache, monkeypat
     assert not list(cache.glob("**/*.bin"))
 
 
+def test_a_hub_that_asks_to_wait_for_long_ends_in_one_line(hub, gpt2, cache, monkeypatch):
+    """The hub's library obeys a Retry-After of an hour by sleeping for an hour."""
+    from huggingface_hub.hf_file_system import HfFileSystemFile
+
+    hub()
+    monkeypatch.setattr(data, "PATIENCE", 2.0)
+    monkeypatch.setattr(HfFileSystemFile, "read", lambda *_: time.sleep(60))
+    started = time.monotonic()
+    with pytest.raises(data.DataError, match=r"failed after 1 attempts: no answer within .*--data lessons$"):
+        data.prepare("fineweb-edu", 5000, progress=False)
+    assert time.monotonic() - started < 30
+    assert not list(cache.glob("**/*.bin"))
+
+
 def test_auto_takes_fineweb_edu_where_it_can(hub, gpt2):
     hub()
     assert data.prepare("auto", 20_000, progress=False).source == "fineweb-edu"
@@ -406,6 +420,11 @@ def test_the_lessons_in_the_shards_are_the_lessons(cache):
         ("val.bin", lambda path: path.write_bytes(path.read_bytes()[:-2] + b"\0\0"), r"val.bin has SHA-256 .* where"),
         ("meta.json", lambda path: path.write_text("{"), "meta.json cannot be read"),
         ("meta.json", lambda path: path.write_text("[]"), "meta.json cannot be read"),
+        (
+            "meta.json",
+            lambda path: path.write_text(path.read_text().replace("vocab_size", "size")),
+            "meta.json cannot be read",
+        ),
     ],
 )
 def test_a_damaged_shard_is_refused_with_the_remedy(cache, name, spoil, message):
@@ -576,6 +595,8 @@ def test_wrong_files_are_refused_in_one_line(tmp_path, no_gpt2, cache):
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"body": ["a"], "id": [1]}), tmp_path / "other.parquet")
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
     (tmp_path / "cut.jsonl").write_text('{"text": "fi')
@@ -587,6 +608,8 @@ def test_wrong_files_are_refused_in_one_line(tmp_path, no_gpt2, cache):
     for name, message in {
         "missing.txt": "missing.txt' is no file or folder; give a path that exists, or auto, fineweb-edu or lessons",
         "other.parquet": "has no column text, only body, id; rename",
+        "numbers.parquet": "its column text holds int64, not text; write it as strings",
+        "deep.jsonl": "deep.jsonl, line 1: not a JSON object",
         "torn.parquet": "opening .*torn.parquet failed",
         "bad.jsonl": 'bad.jsonl, line 2: not a JSON object with a string "text"; mend or remove it',
         "cut.jsonl": "cut.jsonl, line 1: not a JSON object",

@@ -567,3 +567,22 @@ def test_the_file_is_short_and_needs_only_torch():
     lines = enumerate(text.splitlines(), 1)
     code = [line for i, line in lines if i not in in_strings and line.strip() and not line.strip().startswith("#")]
     assert len(code) <= 320, f"{len(code)} lines of code: move something out"
+
+
+@pytest.mark.parametrize("B, rank", [(1, 1), (1, 2), (3, 1)])
+def test_compiled_decoding_needs_no_new_graph_for_each_step(B, rank):
+    """torch.compile meets all lengths of the cache with a handful of graphs, none of them broken."""
+    from torch._dynamo.testing import CompileCounter
+
+    from tpa_minimal import tpa
+
+    torch._dynamo.reset()
+    config = tpa.T6Config(31, 1, 16, 4, 8, rank_k=rank, rank_v=rank, max_len=48)
+    model, graphs = random_model(tpa, config, 0), CompileCounter()
+    step = torch.compile(model, backend=graphs, fullgraph=True)
+    tokens = torch.randint(31, (B, 40))
+    with torch.no_grad():
+        cache = model.new_cache(B)
+        out = [model(tokens[:, :5], cache), *(step(token, cache) for token in tokens[:, 5:].split(1, dim=1))]
+        assert graphs.frame_count <= 6
+        torch.testing.assert_close(torch.cat(out, dim=1), model(tokens))

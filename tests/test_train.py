@@ -454,6 +454,50 @@ def test_a_damaged_checkpoint_is_named(name, undisturbed, tmp_path):
         run(tmp_path / "run", resume=True)
 
 
+STATES = {
+    "no object": lambda state: [],
+    "no settings": lambda state: {},
+    "no step": lambda state: {name: value for name, value in state.items() if name != "step"},
+    "a step as text": lambda state: {**state, "step": "3"},
+    "a step below 0": lambda state: {**state, "step": -1},
+    "a step beyond the last": lambda state: {**state, "step": 999},
+    "no seconds": lambda state: {name: value for name, value in state.items() if name != "seconds"},
+    "an unknown setting": lambda state: {**state, "settings": {**state["settings"], "colour": "red"}},
+    "a rate as text": lambda state: {**state, "settings": {**state["settings"], "lr": "fast"}},
+}
+
+
+@pytest.mark.parametrize("change", STATES)
+def test_a_state_that_cannot_be_is_named(change, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    file = tmp_path / "run/checkpoint-00000008/state.json"
+    file.write_text(json.dumps(STATES[change](json.loads(file.read_text()))))
+    with pytest.raises(SettingError, match=r"state\.json cannot be read .*delete this checkpoint's folder"):
+        run(tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("line", ["oops", "[1, 2]", '{"tokens": 3}', "\xff", ""])
+def test_metrics_with_a_bad_line_are_left_as_they_are(line, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    file = tmp_path / "run/metrics.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_bytes("\n".join([lines[0], line, *lines[2:]]).encode("latin-1"))
+    before = file.read_bytes()
+    with pytest.raises(SettingError, match=r"metrics\.jsonl.*put (the line|it) back as it was"):
+        run(tmp_path / "run", resume=True)
+    assert file.read_bytes() == before
+    file.unlink()
+    with pytest.raises(SettingError, match="does not hold one line for each step before 8"):
+        run(tmp_path / "run", resume=True)
+
+
+def test_other_folders_are_no_checkpoints(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    for name in ("checkpoint-²", "checkpoint-", "checkpoint-9x"):
+        (tmp_path / "run" / name).mkdir()
+    assert train.latest_checkpoint(tmp_path / "run").name == "checkpoint-00000008"
+
+
 def test_the_checkpoint_of_another_configuration_is_named(undisturbed, tmp_path):
     run(tmp_path / "other", steps=1, changes={**MICRO.changes, "d_model": 8})
     shutil.copytree(undisturbed[0], tmp_path / "run")
@@ -534,6 +578,22 @@ def test_a_wrong_option_is_one_line_and_status_2(options, tmp_path, capsys):
     assert status == 2 and len(lines) == 1
     assert lines[0].startswith("python -m tpa_minimal.train: ") and options.split()[-1] in lines[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("where", ["data.prepare", "generate_text"])
+def test_a_signal_outside_the_steps_is_one_line_and_a_status_too(number, status, where, tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(f"tpa_minimal.{where}" if "." in where else f"tpa_minimal.train.{where}", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ended = command(tmp_path / "run", *"--steps 1 --batch-size 2 --seq-len 8".split())
+    except SystemExit as error:
+        ended = error.code
+    assert ended == status and signal.getsignal(signal.SIGTERM) == before
+    assert "continue with --resume" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_ctrl_c_ends_the_command_with_130_and_how_to_continue(tmp_path, capsys, monkeypatch):

@@ -120,8 +120,10 @@ def load(folder: str | Path) -> TokenData:
     remedy = f"delete the folder {folder} and the data will be made again"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        sizes, sums, name = meta["tokens"], meta["sha256"], meta["tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        sums, name, source, vocab_size = meta["sha256"], meta["tokenizer"], meta["source"], int(meta["vocab_size"])
+        sizes = {split: int(meta["tokens"][split]) for split in SPLITS}
+        sums = {split: str(sums[split]) for split in SPLITS}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{folder / 'meta.json'} cannot be read ({_short(error)}); {remedy}") from error
     shards = {}
     for split in SPLITS:
@@ -132,7 +134,7 @@ def load(folder: str | Path) -> TokenData:
         if (found := _sha256(file)) != sums[split]:
             raise DataError(f"{file} has SHA-256 {found[:12]}… where {sums[split][:12]}… was written; {remedy}")
         shards[split] = np.memmap(file, dtype=np.uint16, mode="r")
-    return TokenData(folder, meta["source"], load_tokenizer(name), meta["vocab_size"], meta=meta, **shards)
+    return TokenData(folder, source, load_tokenizer(name), vocab_size, meta=meta, **shards)
 
 
 def _sha256(file: Path) -> str:
@@ -184,8 +186,8 @@ def prepare(
     else:
         files = _local_files(Path(source))
         documents = functools.partial(_local_documents, files)
-        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        identity = {"source": str(Path(source).resolve()), "files": stats}
+        stats = [(os.path.realpath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        identity = {"source": os.path.realpath(source), "files": stats}
         name = tokenizer or "gpt2"
         if tokenizer is None and (problem := _gpt2_problem(seconds=3)):
             name, why = "lessons", f"; no gpt2 tokenizer, since {problem}"
@@ -224,7 +226,7 @@ def _request(identity: dict, tokens: int, tokenizer: str) -> dict:
 def cache_folder() -> Path:
     """Where shards are kept: TPA_CACHE, or tpa-minimal in the folder that the system has for caches."""
     if os.environ.get("TPA_CACHE"):
-        return Path(os.environ["TPA_CACHE"]).expanduser()
+        return Path(os.path.expanduser(os.environ["TPA_CACHE"]))
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     elif sys.platform == "darwin":
@@ -358,7 +360,11 @@ def _unreachable(address: str, seconds: float) -> str | None:
         problem = f"does not answer within {seconds:g} s"
     except Exception:
         problem = "cannot be reached"
-    return problem and f"{urlsplit(address).netloc or address} {problem}"
+    try:
+        host = urlsplit(address).netloc
+    except ValueError:
+        host = ""
+    return problem and f"{host or address} {problem}"
 
 
 def _hub_documents() -> Iterator[tuple[str, float]]:
@@ -374,7 +380,22 @@ def _hub_documents() -> Iterator[tuple[str, float]]:
     paths = _patiently(listing, "listing FineWeb-Edu")
     for path in paths:
         # Without a cache, what is asked for is what is read, and not the 5 MB after it too.
-        yield from _parquet_documents(lambda path=path: hub.open(path, cache_type="none"), Path(path).name, _patiently)
+        opening = functools.partial(hub.open, path, cache_type="none")
+        yield from _parquet_documents(lambda opening=opening: _ReadInTime(opening), Path(path).name, _patiently)
+
+
+class _ReadInTime:
+    """A file of the hub that is opened and read in bounded time, though its library may wait for hours."""
+
+    def __init__(self, opening: Callable):
+        self._opened = _within(PATIENCE, opening)
+
+    def read(self, size: int = -1) -> bytes:
+        """As of any file; TimeoutError where less than 20 kB/s arrive for long, or nothing."""
+        return _within(PATIENCE + max(size, 0) / 20_000, functools.partial(self._opened.read, size))
+
+    def __getattr__(self, name):
+        return getattr(self._opened, name)
 
 
 def _within(seconds: float, action: Callable):
@@ -431,6 +452,8 @@ def _parquet_documents(open_file: Callable, name: str, attempt: Callable) -> Ite
         if "text" not in opened.schema_arrow.names:
             columns = ", ".join(opened.schema_arrow.names)
             raise DataError(f"{name} has no column text, only {columns}; rename the one that holds the texts")
+        if str(kind := opened.schema_arrow.field("text").type) not in ("string", "large_string", "string_view"):
+            raise DataError(f"{name}: its column text holds {kind}, not text; write it as strings")
         return opened
 
     opened = attempt(open_text, f"opening {name}")
@@ -446,7 +469,11 @@ def _local_files(path: Path) -> list[Path]:
     if not path.exists():
         known = "auto, fineweb-edu or lessons"
         raise DataError(f"data source {str(path)!r} is no file or folder; give a path that exists, or {known}")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    )
     if not files or files[0].suffix.lower() not in SUFFIXES:
         raise DataError(f"{path} is not and does not hold a file that can be read; give one of {', '.join(SUFFIXES)}")
     return files
@@ -475,7 +502,7 @@ def _json_texts(lines, file: Path) -> Iterator[str]:
         if line.strip():
             try:
                 text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
                 raise DataError(f'{file}, line {number}: not a JSON object with a string "text"; mend or remove it')

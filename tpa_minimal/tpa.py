@@ -236,7 +236,7 @@ def factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, *, start: int, block_size: in
     (B, T, _, h), (M, rank_k, d_head), rank_v = a_q.shape, b_k.shape[1:], b_v.shape[2]
     dtype = torch.promote_types(b_k.dtype, torch.float32)  # a softmax over 10^5 positions needs float32 or wider
     end = min(M, start + T)
-    n = max(1, min(block_size // T, end))  # positions in a block
+    n = max(1, min(block_size // max(T, 1), end))  # positions in a block
     with torch.autocast(b_k.device.type, enabled=False):
         # The T queries are few: assembling them makes R_Q vanish from the cost per cached position. With log2(e) in
         # them the softmax needs exp2, which is cheaper than exp.
@@ -251,9 +251,10 @@ def factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, *, start: int, block_size: in
             table = q.new_empty(B * rank_k, n, T * h)
             # With one value rank the scaled weights may take the weights' place.
             scaled = q.new_empty(B, rank_v, n, T, h) if rank_v > 1 else table.view(B, rank_k, n, T, h)[:, :1]
-        blocks = (factor[:, :end].transpose(1, 2).split(n, dim=2) for factor in (a_k, b_k, a_v, b_v))
-        for first, *block in zip(range(0, end, n), *blocks):
-            a_kb, b_kb, a_vb, b_vb = (factor.to(dtype) for factor in block)  # (B, R, n, ·)
+        factors = [factor.transpose(1, 2) for factor in (a_k, b_k, a_v, b_v)]  # (B, R, M, ·)
+        # A single block gets no range, whose length torch.compile would take for a constant: a new graph at each step.
+        for first in range(0, end, n) if n < end else (0,):
+            a_kb, b_kb, a_vb, b_vb = (factor[:, :, first : min(first + n, end)].to(dtype) for factor in factors)
             if end - first < n:
                 n, table, scaled = end - first, None, None
             # ⟨q, b_k,r⟩ for each rank r. With positions as rows, not columns, this product is twice as fast on a CPU.
@@ -271,7 +272,7 @@ def factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, *, start: int, block_size: in
             s = s * shrink + weights.sum(1)
             weights_v = torch.mul(weights.unsqueeze(1), a_vb, out=scaled)  # (B, R_V, n, T, h)
             # A CPU gives each thread whole products, so a single long sum over n is cut into shorter ones.
-            pieces = math.gcd(n, 8) if B * rank_v == 1 else 1
+            pieces = next(p for p in (8, 4, 2, 1) if n % p == 0) if B * rank_v == 1 else 1
             o = torch.bmm(weights_v.reshape(-1, n // pieces, T * h).mT, b_vb.reshape(-1, n // pieces, d_head))
             y = y * shrink.unsqueeze(-1) + o.view(B, -1, T, h, d_head).sum(1)
             m = m_new

@@ -25,6 +25,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -135,9 +136,18 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
         raise SettingError(f"--preset {preset}: does not exist; choose one of {', '.join(DEFAULTS)}")
     if attention not in ATTENTIONS:
         raise SettingError(f"--attention {attention}: does not exist; choose one of {', '.join(ATTENTIONS)}")
+    for name in ("out", "data"):
+        if getattr(config, name) is not None and not str(getattr(config, name)):
+            raise SettingError(f"--{name} '': is empty; name one, or leave --{name} out")
     out = Path(config.out) if config.out is not None else Path("runs", f"{preset}-{attention}")
-    if out.exists() and not out.is_dir():
-        raise SettingError(f"--out {out}: is a file; choose a folder")
+    try:  # before any long work
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise SettingError(f"--out {out}: {there} is a file; choose a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(f"{there} cannot be written to")
+    except OSError as error:
+        raise SettingError(f"--out {out}: {error}; choose another folder, or change its permissions") from error
     if not config.resume and any((out / name).exists() for name in ("metrics.jsonl", *_checkpoint_names(out))):
         raise SettingError(f"--out {out}: already holds a run; add --resume to continue it, or choose another folder")
 
@@ -145,7 +155,7 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
     given = {f.name: getattr(config, f.name) for f in fields(config)}
     given = {name: value for name, value in given.items() if value not in (None, "auto", {})} | {"out": out}
     if given.get("data") not in (None, "fineweb-edu", "lessons"):
-        given["data"] = str(Path(given["data"]).expanduser().resolve())
+        given["data"] = os.path.realpath(os.path.expanduser(given["data"]))
     own = _read_state(checkpoint)["settings"] if checkpoint else {}
     for name, value in given.items():
         if name in own and name not in _FREE and value != own[name]:
@@ -249,7 +259,7 @@ def loss_sum(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 def _checkpoint_names(out: Path) -> list[str]:
     """The complete checkpoints in a run's folder, oldest first; unfinished ones end in .tmp."""
     names = (path.name for path in out.glob("checkpoint-*"))
-    return sorted((name for name in names if name[11:].isdigit()), key=lambda name: int(name[11:]))
+    return sorted((name for name in names if re.fullmatch(r"checkpoint-[0-9]+", name)), key=lambda name: int(name[11:]))
 
 
 def latest_checkpoint(out: str | Path) -> Path | None:
@@ -309,10 +319,32 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+_KINDS = {  # of what a checkpoint's state.json holds, and its settings in it
+    **dict.fromkeys(("step", "vocab_size", "tokens", "steps", "batch_size", "seq_len", "seed", "eval_every"), int),
+    **dict.fromkeys(("seconds", "lr"), (int, float)),
+    **dict.fromkeys(("data", "tokenizer", "preset", "attention", "dtype"), str),
+    **dict.fromkeys(("settings", "changes", "sha256"), dict),
+}
+
+
 def _read_state(checkpoint: Path) -> dict:
+    """A checkpoint's state.json. Raises SettingError unless it is complete and of a run that can go on."""
     try:
-        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        settings = state["settings"]
+        names = {f.name for f in fields(TrainConfig)} - {*_FREE}
+        if settings.keys() != names:
+            raise ValueError(f"settings: {', '.join(sorted(settings.keys() ^ names))}")
+        for name in ("step", "seconds", "vocab_size", "tokenizer", "sha256"):
+            if not isinstance(state[name], _KINDS[name]):
+                raise ValueError(f"{name} is {state[name]!r}")
+        for name, value in settings.items():
+            if not isinstance(value, _KINDS[name]):
+                raise ValueError(f"{name} is {value!r}")
+        if not 0 <= state["step"] <= settings["steps"]:
+            raise ValueError(f"step {state['step']} of {settings['steps']}")
+        return state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SettingError(f"{checkpoint}: state.json cannot be read ({error}); {_REMEDY}") from error
 
 
@@ -387,20 +419,37 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> L
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, oldest first; a last line that was cut off by a kill is left out."""
+    """The lines of a run's metrics.jsonl, oldest first; a last line that was cut off by a kill is left out.
+
+    Raises SettingError for any other line that is not about a step.
+    """
     rows = []
     path = Path(folder, "metrics.jsonl")
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            row = json.loads(line)
+            if not isinstance(row["step"], int):
+                raise ValueError(row["step"])
+            rows.append(row)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if number < len(lines):
+                remedy = "put the line back as it was, or start again with another --out"
+                raise SettingError(f"{path}, line {number}: is not about a step; {remedy}") from error
     return rows
 
 
 def _rewind_metrics(out: Path, step: int) -> list[dict]:
-    """Cut the metrics back to the lines before `step`, which the run is about to write."""
+    """Cut the metrics back to the lines before `step`, which the run is about to write.
+
+    Raises SettingError, with the file as it was, unless there is one for each of these steps.
+    """
     rows = [row for row in read_metrics(out) if row["step"] < step]
+    if [row["step"] for row in rows] != list(range(step)):
+        raise SettingError(
+            f"{out / 'metrics.jsonl'}: does not hold one line for each step before {step}, where the checkpoint is; "
+            f"put it back as it was, or start again with another --out"
+        )
     temporary = out / "metrics.jsonl.tmp"
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(temporary, out / "metrics.jsonl")
@@ -721,8 +770,8 @@ def _train(settings: TrainConfig, checkpoint: Path | None, processes: _Processes
             _write_curve(out, metrics, f"{settings.preset} with {settings.attention} on {token_data.source}")
     except (OSError, SafetensorError) as error:
         raise TrainError(
-            f"cannot write the run in {out}: {error}; its last checkpoint, {latest_checkpoint(out)}, is intact: "
-            f"make room, then continue with --resume"
+            f"cannot write the run in {out}: {error}; what checkpoint there is ({latest_checkpoint(out)}) is intact: "
+            f"make room, or mend the permissions, then continue with --resume"
         ) from error
     speed = step * tokens_per_step / state["seconds"] if step else 0.0
     return TrainResult(out, model, token_data, settings, step, metrics, speed, stop.signal if step < steps else 0)
@@ -862,20 +911,28 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{parser.prog}: {line}", file=sys.stderr)
         return status
 
+    def terminated(*_):  # outside the steps, where there is nothing new to save
+        sys.exit(end(143, "terminated; whatever checkpoint there is stays: continue with --resume"))
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, terminated) if in_main_thread else None
     try:
         result = train(config, log=lambda line: print(line, flush=True))
+        if not result.stopped_by and first:
+            for line in report(result):
+                print(line, flush=True)
     except (SettingError, data.DataError) as error:
         return end(2, str(error))
     except (TrainError, OSError) as error:
         return end(1, str(error))
     except KeyboardInterrupt:
         return end(130, "interrupted; whatever checkpoint there is stays: continue with --resume")
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
     if result.stopped_by:
         resume = f"python -m tpa_minimal.train --out {result.out} --resume"
         return end(128 + result.stopped_by, f"stopped and saved at step {result.step:,}; continue with: {resume}")
-    if first:
-        for line in report(result):
-            print(line, flush=True)
     return 0
 
 
