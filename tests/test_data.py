@@ -211,34 +211,29 @@ def test_a_refusal_is_not_tried_again(monkeypatch):
 
 @needs_hub
 @needs_gpt2
-def test_a_hub_that_stops_answering_ends_in_one_line(hub, gpt2, cache, monkeypatch):
-    """The request for the list of files has no time-out of its own."""
-    from huggingface_hub import HfFileSystem
+@pytest.mark.parametrize(
+    "owner, method, patience, message",
+    [
+        ("HfFileSystem", "glob", 0.5, "^listing FineWeb-Edu failed .*no answer within 0.25 s;"),
+        # Told to wait for an hour, the hub's library sleeps for an hour.
+        ("HfFileSystemFile", "read", 2.0, "failed after 1 attempts: no answer within"),
+    ],
+)
+def test_a_hub_that_keeps_us_waiting_ends_in_one_line(hub, gpt2, cache, monkeypatch, owner, method, patience, message):
+    from huggingface_hub import hf_file_system
 
     hub()
-    monkeypatch.setattr(data, "PATIENCE", 0.5)
-    monkeypatch.setattr(HfFileSystem, "glob", lambda *_: time.sleep(60))
+    monkeypatch.setattr(data, "PATIENCE", patience)
+    monkeypatch.setattr(getattr(hf_file_system, owner), method, lambda *_: time.sleep(60))
     started = time.monotonic()
-    with pytest.raises(data.DataError, match=r"^listing FineWeb-Edu failed .*no answer within 0.25 s.*--data lessons$"):
+    with pytest.raises(data.DataError, match=rf"{message}.*--data lessons$"):
         data.prepare("fineweb-edu", 5000, progress=False)
     assert time.monotonic() - started < 20
     assert not list(cache.glob("**/*.bin"))
 
 
-def test_a_hub_that_asks_to_wait_for_long_ends_in_one_line(hub, gpt2, cache, monkeypatch):
-    """The hub's library obeys a Retry-After of an hour by sleeping for an hour."""
-    from huggingface_hub.hf_file_system import HfFileSystemFile
-
-    hub()
-    monkeypatch.setattr(data, "PATIENCE", 2.0)
-    monkeypatch.setattr(HfFileSystemFile, "read", lambda *_: time.sleep(60))
-    started = time.monotonic()
-    with pytest.raises(data.DataError, match=r"failed after 1 attempts: no answer within .*--data lessons$"):
-        data.prepare("fineweb-edu", 5000, progress=False)
-    assert time.monotonic() - started < 30
-    assert not list(cache.glob("**/*.bin"))
-
-
+@needs_hub
+@needs_gpt2
 def test_auto_takes_fineweb_edu_where_it_can(hub, gpt2):
     hub()
     assert data.prepare("auto", 20_000, progress=False).source == "fineweb-edu"

@@ -120,9 +120,9 @@ def load(folder: str | Path) -> TokenData:
     remedy = f"delete the folder {folder} and the data will be made again"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        sums, name, source, vocab_size = meta["sha256"], meta["tokenizer"], meta["source"], int(meta["vocab_size"])
+        name, source, vocab_size = meta["tokenizer"], meta["source"], int(meta["vocab_size"])
         sizes = {split: int(meta["tokens"][split]) for split in SPLITS}
-        sums = {split: str(sums[split]) for split in SPLITS}
+        sums = {split: str(meta["sha256"][split]) for split in SPLITS}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{folder / 'meta.json'} cannot be read ({_short(error)}); {remedy}") from error
     shards = {}
@@ -469,11 +469,8 @@ def _local_files(path: Path) -> list[Path]:
     if not path.exists():
         known = "auto, fineweb-edu or lessons"
         raise DataError(f"data source {str(path)!r} is no file or folder; give a path that exists, or {known}")
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    )
+    inside = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = [path] if path.is_file() else sorted(inside)
     if not files or files[0].suffix.lower() not in SUFFIXES:
         raise DataError(f"{path} is not and does not hold a file that can be read; give one of {', '.join(SUFFIXES)}")
     return files

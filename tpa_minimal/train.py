@@ -323,7 +323,7 @@ _KINDS = {  # of what a checkpoint's state.json holds, and its settings in it
     **dict.fromkeys(("step", "vocab_size", "tokens", "steps", "batch_size", "seq_len", "seed", "eval_every"), int),
     **dict.fromkeys(("seconds", "lr"), (int, float)),
     **dict.fromkeys(("data", "tokenizer", "preset", "attention", "dtype"), str),
-    **dict.fromkeys(("settings", "changes", "sha256"), dict),
+    **dict.fromkeys(("changes", "sha256"), dict),
 }
 
 
@@ -335,10 +335,8 @@ def _read_state(checkpoint: Path) -> dict:
         names = {f.name for f in fields(TrainConfig)} - {*_FREE}
         if settings.keys() != names:
             raise ValueError(f"settings: {', '.join(sorted(settings.keys() ^ names))}")
-        for name in ("step", "seconds", "vocab_size", "tokenizer", "sha256"):
-            if not isinstance(state[name], _KINDS[name]):
-                raise ValueError(f"{name} is {state[name]!r}")
-        for name, value in settings.items():
+        held = {name: state[name] for name in ("step", "seconds", "vocab_size", "tokenizer", "sha256")}
+        for name, value in (*held.items(), *settings.items()):
             if not isinstance(value, _KINDS[name]):
                 raise ValueError(f"{name} is {value!r}")
         if not 0 <= state["step"] <= settings["steps"]:
