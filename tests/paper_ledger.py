@@ -31,7 +31,7 @@ LEDGER += [
         "MQA and GQA bound the rank of each token's keys by their number of key heads",
         "01_attention_and_the_kv_cache",
         "sharing-is-low-rank",
-        "tests/checks/test_ex01.py::test_shared_keys_have_low_rank",
+        "tests/course/checks/test_ex01.py::test_shared_keys_have_low_rank",
     ),
     Claim(
         "Table 1, App. H",
@@ -56,7 +56,7 @@ LEDGER += [
         "contextual factors, unlike LoRA's static ones, bound the rank of each token's matrix, not of their stack",
         "02_tensor_product_factorization",
         "contextual-vs-static",
-        "tests/checks/test_ex02.py::test_two_notions_of_low_rank",
+        "tests/course/checks/test_ex02.py::test_two_notions_of_low_rank",
     ),
     Claim(
         "Table 1",
@@ -102,7 +102,7 @@ LEDGER += [
         "MLA's latent cannot carry RoPE through its up-projection",
         "03_rope_and_prerotation",
         "mla-detour",
-        "tests/checks/test_ex03.py::test_a_latent_carries_rope_only_without_compression",
+        "tests/course/checks/test_ex03.py::test_a_latent_carries_rope_only_without_compression",
     ),
 ]
 # ------------------------------------------------------------------------------------------------ 04
@@ -112,21 +112,21 @@ LEDGER += [
         "MHA is TPA of rank h with head factors h · e_i",
         "04_special_cases",
         "sec-4-mha",
-        "tests/test_convert.py::test_mha_mqa_and_gqa_are_fixed_a_tpa",
+        "tests/test_huggingface.py::test_mha_mqa_and_gqa_are_fixed_a_tpa",
     ),
     Claim(
         "Sec. 4",
         "GQA is TPA of rank G with head factors G · mask_j, and MQA the case of rank 1",
         "04_special_cases",
         "sec-4-gqa-mqa",
-        "tests/test_convert.py::test_mha_mqa_and_gqa_are_fixed_a_tpa",
+        "tests/test_huggingface.py::test_mha_mqa_and_gqa_are_fixed_a_tpa",
     ),
     Claim(
         "Sec. 4",
         "the layers agree in outputs and gradients, with RoPE, from the same weights",
         "04_special_cases",
         "sec-4-layers",
-        "tests/test_convert.py::test_mha_mqa_and_gqa_are_fixed_a_tpa",
+        "tests/test_huggingface.py::test_mha_mqa_and_gqa_are_fixed_a_tpa",
     ),
     Claim(
         "Table 1",
@@ -196,7 +196,7 @@ LEDGER += [
         "when factor space needs fewer multiply-adds than MHA",
         "06_attention_in_factor_space",
         "equation-a4",
-        "tests/checks/test_ex06.py::test_06_3_diagnoses",
+        "tests/course/checks/test_ex06.py::test_06_3_diagnoses",
     ),
 ]
 
@@ -239,21 +239,21 @@ LEDGER += [
         "AdamW decays by 0.1, here on matrices",
         "08_train_on_fineweb_edu",
         "app-h-decay",
-        "tests/test_train.py::test_decay_is_for_matrices_the_tied_embedding_included",
+        "tests/experiments/test_train.py::test_decay_is_for_matrices_the_tied_embedding_included",
     ),
     Claim(
         "App. H",
         "the learning rate warms up, then follows a cosine",
         "08_train_on_fineweb_edu",
         "app-h-schedule",
-        "tests/test_train.py::test_learning_rate_warms_up_then_follows_a_cosine_to_a_twentieth",
+        "tests/experiments/test_train.py::test_learning_rate_warms_up_then_follows_a_cosine_to_a_twentieth",
     ),
     Claim(
         "App. H",
         "mechanisms are compared at equal parameters, by their head counts",
         "08_train_on_fineweb_edu",
         "app-h-equal-parameters",
-        "tests/test_train.py::test_every_attention_trains_with_the_parameters_and_the_cache_of_its_formula",
+        "tests/experiments/test_train.py::test_every_attention_trains_with_the_parameters_and_the_cache_of_its_formula",
     ),
 ]
 # ------------------------------------------------------------------------------------------------ 09
@@ -315,7 +315,7 @@ LEDGER += [
         "stretches of the cache attended to apart merge exactly, by rescaling to a common maximum",
         "10_flash_decode",
         "alg-2-stretches",
-        "tests/checks/test_ex10.py::test_accepts_the_solution",
+        "tests/course/checks/test_ex10.py::test_accepts_the_solution",
     ),
     Claim(
         "App. A, Algorithm 2; Sec. 6.2",
@@ -365,13 +365,13 @@ LEDGER += [
         "mirroring half of the features turns the sense of RoPE: LLaMA weights carry over exactly",
         "12_bring_your_own_model",
         "llama-rotation",
-        "tests/test_convert.py::test_a_llama_gives_the_same_logits",
+        "tests/test_huggingface.py::test_a_llama_gives_the_same_logits",
     ),
     Claim(
         "Sec. 4",
         "contextual factors are even in the input, so MHA, MQA and GQA need constant head factors",
         "12_bring_your_own_model",
         "contextual-is-even",
-        "tests/test_convert.py::test_contextual_factors_cannot_follow_a_linear_map_of_centred_inputs",
+        "tests/test_huggingface.py::test_contextual_factors_cannot_follow_a_linear_map_of_centred_inputs",
     ),
 ]

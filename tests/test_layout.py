@@ -8,42 +8,78 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tpa_minimal"
-# Ground floor first; what each file may import of ours.
-MAY_IMPORT = {
+MODULE = {
     "tpa": set(),
     "baselines": {"tpa"},
     "variants": {"tpa"},
     "memory": set(),
+    "cpu_decode": {"tpa"},
     "flash_decode": {"tpa"},
-    "convert": {"tpa", "baselines", "variants"},
-    "lessons": set(),
-    "data": {"lessons"},
-    "train": {"tpa", "baselines", "variants", "memory", "flash_decode", "convert", "data"},
-    "bench": {"tpa", "baselines", "variants", "memory", "flash_decode", "convert", "data", "train"},
-    "compare": {"tpa", "baselines", "variants", "memory", "flash_decode", "convert", "data", "train", "bench"},
-    "plots": {"memory"},
-    "checks": {"tpa", "baselines"},
+    "huggingface": {"tpa", "baselines", "variants", "memory"},
 }
+LABORATORY = [
+    "lessons",
+    "data",
+    "checkpoint",
+    "train",
+    "evaluate",
+    "bench",
+    "compare",
+]  # each may import those before it
+CLASSROOM = ["looks", "diagrams", "explorer", "checks"]
+
+
+def may_import(name):
+    """What the file may import of ours, by its dotted name without the package's."""
+    room, _, file = name.rpartition(".")
+    if not room:
+        return MODULE[name]
+    below = set(MODULE)
+    if room == "experiments":
+        return below | {f"experiments.{other}" for other in LABORATORY[: LABORATORY.index(file)]}
+    below |= {f"experiments.{other}" for other in LABORATORY}
+    if room == "course":
+        return below | {f"course.{other}" for other in CLASSROOM[: CLASSROOM.index(file)]}
+    return below | {"course.checks.judging", "course.looks"}
 
 
 def ours(path):
-    """Names of our own modules that a file imports, at any depth."""
+    """Dotted names of our own modules that a file imports, at any depth, without the package's name."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "tpa_minimal"):
-            module = (node.module or "").removeprefix("tpa_minimal").strip(".")
-            yield from [module.split(".")[0]] if module else [alias.name for alias in node.names]
+            base = (node.module or "").removeprefix("tpa_minimal").strip(".")
+            names = [f"{base}.{alias.name}".strip(".") for alias in node.names]
+            yield from (name if (PACKAGE / f"{name.replace('.', '/')}.py").exists() else base for name in names)
         elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("tpa_minimal."))
+            yield from (a.name.removeprefix("tpa_minimal.") for a in node.names if a.name.startswith("tpa_minimal."))
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("[a-z]*.py")), ids=lambda path: path.stem)
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.stem not in ("__init__", "__main__")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_imports_only_go_down(path):
-    assert path.stem in MAY_IMPORT, f"{path.name} has no place in the list"
-    assert set(ours(path)) <= MAY_IMPORT[path.stem]
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    assert set(ours(path)) <= may_import(name)
+
+
+def test_no_file_uses_a_name_with_an_underscore_of_another():
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = {
+            alias.asname or alias.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for alias in n.names
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tpa_minimal"):
+                assert not [alias.name for alias in node.names if alias.name.startswith("_")], path
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+                assert not node.attr.startswith("_") or node.attr.startswith("__"), (
+                    f"{path}: {node.value.id}.{node.attr}"
+                )
 
 
 def test_no_pickle_anywhere():
-    for path in [*PACKAGE.glob("*.py"), *(ROOT / "notebooks").glob("*.py")]:
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "notebooks").glob("*.py")]:
         text = path.read_text(encoding="utf-8")
         assert not re.search(
             r"\bimport pickle|torch\.load\(|trust_remote_code=True|\beval\(|\bexec\(",

@@ -27,9 +27,11 @@ import time
 
 import matplotlib.pyplot as plt
 
-from tpa_minimal import T6Config, checks, data, plots, train
+from tpa_minimal import T6Config
+from tpa_minimal.course import checks, looks
+from tpa_minimal.experiments import data, train
 
-plots.style()
+looks.style()
 
 # %% [markdown]
 # If both cells ran without an error, your set-up is complete; the line above says whether a GPU is in use.

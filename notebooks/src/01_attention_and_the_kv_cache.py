@@ -28,9 +28,9 @@ import matplotlib.pyplot as plt
 import torch.nn.functional as F
 from torch import nn
 
-from tpa_minimal import checks, plots
+from tpa_minimal.course import checks, looks
 
-plots.style()
+looks.style()
 _ = torch.manual_seed(0)
 
 # %% [markdown]
@@ -462,7 +462,7 @@ numbers = {
     "MQA, 23 heads": 2 * d_head,
 }
 fig, ax = plt.subplots(figsize=(7, 2.9))
-bars = ax.barh(list(numbers), list(numbers.values()), color=plots.COLOURS[0])
+bars = ax.barh(list(numbers), list(numbers.values()), color=looks.COLOURS[0])
 ax.bar_label(bars, padding=4, fmt="{:,.0f}")
 ax.set(xlabel="numbers cached per token and layer", xlim=(0, 1800))
 ax.invert_yaxis()

@@ -30,9 +30,10 @@ import matplotlib.pyplot as plt
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpa_minimal import checks, data, plots
+from tpa_minimal.course import checks, looks
+from tpa_minimal.experiments import data
 
-plots.style()
+looks.style()
 _ = torch.manual_seed(0)
 
 # %% [markdown]
@@ -307,7 +308,7 @@ print(f"MHA {mha_loss:.2f}, the same MHA cut to rank 2 {cut_loss[2]:.2f}, TPA tr
 fig, ax = plt.subplots()
 ax.plot(list(cut_loss), list(cut_loss.values()), "o-", label="MHA, K and V cut after training")
 ax.axhline(mha_loss, color="black", ls=":", label="MHA, uncut")
-ax.plot([2], [tpa_loss], "D", ms=9, color=plots.COLOURS[1], label="TPA, trained with rank 2")
+ax.plot([2], [tpa_loss], "D", ms=9, color=looks.COLOURS[1], label="TPA, trained with rank 2")
 ax.set(xlabel="rank of each token's keys and values", ylabel="held-out loss (nats per token)")
 ax.set_title("In this run training with rank 2 beats cutting to rank 2")
 ax.legend(frameon=False)

@@ -32,10 +32,10 @@ import matplotlib.pyplot as plt
 from torch import Tensor
 from torch.testing import assert_close
 
-from tpa_minimal import checks, plots
+from tpa_minimal.course import checks, looks
 from tpa_minimal.tpa import assemble
 
-plots.style()
+looks.style()
 _ = torch.manual_seed(3)
 
 # %%

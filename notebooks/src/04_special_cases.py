@@ -43,10 +43,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from tpa_minimal import checks, plots
+from tpa_minimal.course import checks, looks
 from tpa_minimal.tpa import T6Config, TensorProductAttention, assemble
 
-plots.style()
+looks.style()
 torch.manual_seed(4)
 B, T, d_model, h, d_head = 2, 5, 48, 6, 8
 x = torch.randn(B, T, d_model).double()  # the tokens
@@ -98,7 +98,7 @@ assert_close(assemble(a.expand(B, T, G, h), groups), groups.repeat_interleave(h 
 # The pictures of $A^\top/R$ say it all. Row $i$ tells from which feature factors head $i$ is mixed:
 
 # %%
-from tpa_minimal.convert import group_factors
+from tpa_minimal.huggingface import group_factors
 
 pictures = {f"{name}\nR = {G}": group_factors(h, G).T / G for name, G in (("MHA", h), ("GQA, G = 2", 2), ("MQA", 1))}
 pictures["TPA, fixed A\nR = 2"] = torch.randn(h, 2)

@@ -23,10 +23,10 @@ import matplotlib.pyplot as plt
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpa_minimal import checks, plots
+from tpa_minimal.course import checks, looks
 from tpa_minimal.tpa import T6Config, apply_rope, assemble, factor_attention, factor_bound, rope_tables
 
-plots.style()
+looks.style()
 torch.manual_seed(0)
 _ = torch.set_grad_enabled(False)  # nothing is trained in this notebook
 
@@ -532,7 +532,7 @@ checks.ex05_2(longest_context)
 
 # %% [markdown]
 # ### Exercise 05.3 · Four patients (25 minutes)
-# `checks.patients()` returns four float64 layers. One is healthy; the others have bugs that you have *not* met above:
+# `checks.ex05.patients()` returns four float64 layers. One is healthy; the others have bugs that you have *not* met above:
 # one keeps only a window of the last few tokens, one stores its cache in too narrow a type, and one confuses the
 # sequences of a batch. All share their weights' shapes and take inputs (B, T, 32), up to 64 tokens. Find out by
 # experiments, not by reading the code, which is which, and return the four words `"healthy"`, `"window"`,

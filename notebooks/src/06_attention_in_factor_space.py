@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tpa_minimal import checks, plots
+from tpa_minimal.course import checks, looks
 from tpa_minimal.tpa import assemble, causal_attention
 
-plots.style()
+looks.style()
 torch.manual_seed(0)
 _ = torch.set_grad_enabled(False)  # nothing is trained in this notebook
 

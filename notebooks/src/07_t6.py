@@ -25,10 +25,10 @@ import matplotlib.pyplot as plt
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpa_minimal import checks, plots
+from tpa_minimal.course import checks, looks
 from tpa_minimal.tpa import Cache, T6Config, TensorProductAttention, factor_attention
 
-plots.style()
+looks.style()
 _ = torch.manual_seed(0)
 
 # %% [markdown]

@@ -29,9 +29,10 @@ from unittest import mock
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tpa_minimal import checks, compare, data, plots, train
+from tpa_minimal.course import checks, looks
+from tpa_minimal.experiments import compare, data, train
 
-plots.style()
+looks.style()
 FULL = device == "cuda" or os.environ.get("TPA_FULL") == "1"
 runs = Path(tempfile.mkdtemp())
 
@@ -169,7 +170,7 @@ checks.ex08_2(learning_rate)
 # %% [markdown]
 # ## 5 · Train
 #
-# `train.train` is the loop that `python -m tpa_minimal.train` runs: batch, loss, gradients, clip, step, and now and
+# `train.train` is the loop that `python -m tpa_minimal.experiments.train` runs: batch, loss, gradients, clip, step, and now and
 # then an evaluation on held-out documents. With a vocabulary of 50,304 a step costs several times as much as with the
 # lessons' 1,024, so the short version takes fewer of them there.
 
@@ -379,7 +380,7 @@ print(f"TPA - MHA: {low:+.3f} to {high:+.3f}:", "no difference seen" if low < 0 
 # any time and goes on where it was, because each run that is finished leaves one row in a file.
 #
 # ```
-# compare="torchrun --nproc-per-node 2 -m tpa_minimal.compare"
+# compare="torchrun --nproc-per-node 2 -m tpa_minimal.experiments.compare"
 # size="--steps 300 --batch-size 8 --seq-len 128"
 # $compare rates $size --lr 4e-3 --seeds 1
 # $compare mechanisms $size --seeds 4
@@ -604,8 +605,8 @@ print(f"tpa-init-authors - tpa: {compare.paired_difference(real, 'tpa-init-autho
 # - Mechanisms are compared at equal parameters, each at its own learning rate, with paired seeds and an interval; a
 #   single run proves nothing.
 #
-# From the command line the same is `python -m tpa_minimal.train --data fineweb-edu --preset small-124M`, with
-# `torchrun --nproc-per-node 8 -m tpa_minimal.train …` on several GPUs.
+# From the command line the same is `python -m tpa_minimal.experiments.train --data fineweb-edu --preset small-124M`, with
+# `torchrun --nproc-per-node 8 -m tpa_minimal.experiments.train …` on several GPUs.
 #
 # Next: [09 · Memory savings](09_memory_savings.ipynb), what the smaller cache buys in real models, and where it does
 # not.

@@ -27,10 +27,10 @@
 # shared key-value heads.
 
 # %%
-from tpa_minimal import plots
+from tpa_minimal.course import diagrams, explorer, looks
 from tpa_minimal.memory import GB, MODELS, Layer
 
-plots.style()
+looks.style()
 shape = dict(d_model=8192, n_head=64, d_head=128)
 layers = {
     "MHA": Layer("mha", **shape),
@@ -40,7 +40,7 @@ layers = {
     "TPA (16, 1, 1)": Layer("tpa", **shape, rank_q=16, rank_k=1, rank_v=1),
     "TPA (16, 2, 2)": Layer("tpa", **shape, rank_q=16, rank_k=2, rank_v=2),
 }
-plots.per_token_bars(layers, "A layer of Llama 3 70B: sharing and factorizing both cut MHA's cache")
+diagrams.per_token_bars(layers, "A layer of Llama 3 70B: sharing and factorizing both cut MHA's cache")
 
 # %% [markdown]
 # The labels say TPA (R_Q, R_K, R_V); only the last two count for the cache.
@@ -213,11 +213,11 @@ for dtype in ("bfloat16", "int8", "int4"):
 
 # %%
 title = "Llama 3 70B: TPA lowers the cache, which still grows with every token"
-plots.cache_against_context(llama, memory=80 * GB, weight_dtype="int4", title=title)
+diagrams.cache_against_context(llama, memory=80 * GB, weight_dtype="int4", title=title)
 
 # %%
 title = "Llama 3 70B on one GPU: where the weights fit, TPA leaves room for more tokens"
-plots.largest_context_by_memory(llama, weight_dtype="int4", title=title)
+diagrams.largest_context_by_memory(llama, weight_dtype="int4", title=title)
 
 # %% [markdown]
 # In both figures the scales are logarithmic: equal distances are equal ratios, and k is 1,024 tokens, so 136,484 is
@@ -240,11 +240,11 @@ for version in (model, model.with_tpa(16, 1, 1), model.with_tpa(16, 2, 2)):
 # Now your own model and GPU. Where the notebook runs, the next cell shows controls; on a page that only displays it,
 # you see the picture of the first setting. Try the context at 1k, then the ranks at 6 and 6, then DeepSeek-V3.
 #
-# A setting can also be passed: `plots.explorer(plots.Settings(model="Llama 3 8B", context=65_536, memory_gb=24))`;
-# `plots.explorer_figure` takes the same and gives the picture alone.
+# A setting can also be passed: `explorer.explorer(explorer.Settings(model="Llama 3 8B", context=65_536, memory_gb=24))`;
+# `explorer.explorer_figure` takes the same and gives the picture alone.
 
 # %%
-plots.explorer()
+explorer.explorer()
 
 # %% [markdown]
 # The model list holds published configurations, each with the repository that it comes from:
@@ -272,10 +272,10 @@ marks = {"paper, small": (34, 64), "Llama 70B": (64, 128)}
 print(f"Llama 70B: break-even with its 8 shared heads at R_K + R_V = {break_even_ranks(64, 128, 8):.1f}")
 assert Layer("tpa", **shape, rank_k=5, rank_v=5).cached_numbers < layers["GQA, 8 heads (shipped)"].cached_numbers
 assert Layer("tpa", **shape, rank_k=5, rank_v=6).cached_numbers > layers["GQA, 8 heads (shipped)"].cached_numbers
-plots.ratio_map(marks=marks)
+diagrams.ratio_map(marks=marks)
 
 # %%
-plots.ratio_map((1, 2, 4), n_kv_head=8, marks={"Llama 70B": (64, 128)})
+diagrams.ratio_map((1, 2, 4), n_kv_head=8, marks={"Llama 70B": (64, 128)})
 
 # %% [markdown]
 # Against MHA (first map) savings grow towards many wide heads: the "10 times or more" lives in the upper right, at
@@ -364,13 +364,13 @@ assert Layer("tpa", 7168, 64, 128, rank_q=16, rank_k=1, rank_v=1).decode_multipl
 
 # %%
 title = "Both TPA layers read far less than MHA and GQA; by App. A.4 rank 1 also computes less"
-plots.decode_cost({label: layer for label, layer in layers.items() if label != "MQA"}, title=title)
+diagrams.decode_cost({label: layer for label, layer in layers.items() if label != "MQA"}, title=title)
 
 # %% [markdown]
 # Left: in the paper's order ranks (16, 1, 1) compute less than MHA, (16, 2, 2) more. Right: both read far less.
 # Decoding one sequence is usually limited by reading, so the right-hand side decides; with a large batch or a slow
 # processor the left one does. MLA reads little and computes most. These are counts, not seconds: for seconds, see
-# notebook 10 and `python -m tpa_minimal.bench`.
+# notebook 10 and `python -m tpa_minimal.experiments.bench`.
 #
 # ## 7 · Trained heads looked at
 #
@@ -380,8 +380,8 @@ plots.decode_cost({label: layer for label, layer in layers.items() if label != "
 # %%
 import torch.nn.functional as F
 
-from tpa_minimal import data
-from tpa_minimal.train import learning_rate, new_optimizer
+from tpa_minimal.experiments import data
+from tpa_minimal.experiments.train import learning_rate, new_optimizer
 
 lessons = data.prepare("lessons", tokens=300_000, progress=False)
 torch.manual_seed(0)
@@ -549,7 +549,7 @@ def tpa_cache_bytes(n_layer, n_head, d_head, rank_k, rank_v, context, batch_size
 
 
 # %%
-from tpa_minimal import checks
+from tpa_minimal.course import checks
 
 checks.ex09_1(tpa_cache_bytes)
 

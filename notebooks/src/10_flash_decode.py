@@ -41,10 +41,12 @@ import matplotlib.pyplot as plt
 import triton
 import triton.language as tl
 
-from tpa_minimal import bench, checks, flash_decode, plots
+from tpa_minimal import flash_decode
+from tpa_minimal.course import checks, looks
+from tpa_minimal.experiments import bench
 from tpa_minimal.tpa import T6, T6Config, assemble, factor_attention
 
-plots.style()
+looks.style()
 _ = torch.manual_seed(0)
 
 # %% [markdown]
@@ -319,7 +321,7 @@ print("same tokens:", torch.equal(model.generate(prompt, 6, temperature=0), befo
 # %% [markdown]
 # ## 7 · What was measured
 #
-# `python -m tpa_minimal.bench decode` times all mechanisms in one run and in turns: attention alone, one new token,
+# `python -m tpa_minimal.experiments.bench decode` times all mechanisms in one run and in turns: attention alone, one new token,
 # batch 1, random numbers in a full cache. The package carries one such result, from the machine that the cell names; the
 # same command gives yours.
 
@@ -371,7 +373,7 @@ for row in result["rows"]:
 #
 # What these numbers are not. They come from one CPU, and say nothing about a GPU. The kernel of this notebook was checked
 # in the interpreter, and its speed has not been measured: the interpreter's time means nothing. On a machine with a CUDA
-# device the same command measures it beside PyTorch: `python -m tpa_minimal.bench decode --device cuda`. The paper's own
+# device the same command measures it beside PyTorch: `python -m tpa_minimal.experiments.bench decode --device cuda`. The paper's own
 # measurements of speed (its Sec. 6.2) are from GPUs, with ranks (16, 1, 1) and contexts from 2¹² to 2¹⁹.
 #
 # ## Exercises

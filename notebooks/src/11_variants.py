@@ -48,10 +48,11 @@ from functools import partial
 import matplotlib.pyplot as plt
 from torch.testing import assert_close
 
-from tpa_minimal import checks, plots, variants
+from tpa_minimal import variants
+from tpa_minimal.course import checks, looks
 from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, apply_rope, factor_attention, rope_tables
 
-plots.style()
+looks.style()
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)  # so that "equal" means equal
 print(inspect.getsource(variants.FixedHeadFactors))
@@ -280,8 +281,8 @@ print("sines at position 2:", [round(s, 3) for s in sin[2].tolist()])
 # %%
 import os
 
-from tpa_minimal import data, train
 from tpa_minimal.baselines import MultiHeadAttention
+from tpa_minimal.experiments import data, train
 
 torch.set_default_dtype(torch.float32)
 lessons = data.prepare("lessons", 400_000, progress=False)
@@ -343,7 +344,7 @@ ax.plot(*zip(*ranks), color="black", lw=1, label="TPA, ranks 1, 2, 4")
 previous = {}
 for name, (size, loss) in sorted(results.items(), key=lambda item: item[1][1]):
     mark = "s" if name in ("MHA", "MQA") else "o"
-    ax.plot(size, loss, mark, color="black" if "TPA" in name else plots.COLOURS[1] if mark == "s" else plots.COLOURS[0])
+    ax.plot(size, loss, mark, color="black" if "TPA" in name else looks.COLOURS[1] if mark == "s" else looks.COLOURS[0])
     height = max(loss, previous.get(size, -1) + 0.022)  # keep the labels of a column apart
     previous[size] = height
     ax.annotate(name, (size, height), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9)

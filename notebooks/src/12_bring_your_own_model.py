@@ -28,7 +28,7 @@
 
 # %% [markdown]
 # Notebook 04 showed that MHA, MQA and GQA *are* TPA, with constant head factors. So any model with such layers is a
-# starting point: convert it exactly first, then change it and watch what is lost. `tpa_minimal/convert.py` does the
+# starting point: convert it exactly first, then change it and watch what is lost. `tpa_minimal/huggingface.py` does the
 # carrying; here we take it apart.
 #
 # `transformers` is optional. Where it is not installed, the cells that need it say so and do nothing.
@@ -42,11 +42,13 @@ from functools import partial
 import matplotlib.pyplot as plt
 from torch.testing import assert_close
 
-from tpa_minimal import checks, convert, data, plots, train
+from tpa_minimal import huggingface as convert
 from tpa_minimal.baselines import MultiHeadAttention
+from tpa_minimal.course import checks, looks
+from tpa_minimal.experiments import data, train
 from tpa_minimal.tpa import T6, T6Config, apply_rope, assemble, rope_tables
 
-plots.style()
+looks.style()
 torch.manual_seed(0)
 if have_transformers := importlib.util.find_spec("transformers") is not None:
     import transformers

@@ -1,0 +1,769 @@
+"""The way from documents to batches, against the loopback hub and the genuine vocabulary where those are at hand."""
+
+import errno
+import functools
+import http.server
+import importlib.util
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tpa_minimal.experiments import data, lessons
+
+SHARED = Path(os.environ.get("TPA_SHARED", Path(__file__).parents[3] / "shared"))
+EXCERPT = SHARED / "hub" / "fineweb-edu" / "sample" / "10BT" / "000_00000.parquet"
+VOCABULARY = SHARED / "tiktoken"
+
+needs_hub = pytest.mark.skipif(not EXCERPT.exists(), reason="no loopback hub beside the project; set TPA_SHARED")
+needs_gpt2 = pytest.mark.skipif(not VOCABULARY.exists(), reason="no genuine gpt2 vocabulary; set TPA_SHARED")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache, and no network beyond this machine."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("TPA_CACHE", str(folder))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens on the discard port
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(VOCABULARY))
+    data.load_tokenizer.cache_clear()
+
+
+@pytest.fixture
+def no_gpt2(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "no-vocabulary"))
+    monkeypatch.setattr(data, "_unreachable", lambda address, seconds: f"{address.split('/')[2]} cannot be reached")
+    data.load_tokenizer.cache_clear()
+    yield
+    data.load_tokenizer.cache_clear()
+
+
+class Hub:
+    """The loopback hub; of its answers with data the first `whole` arrive, and the next `cuts` break off half way."""
+
+    def __init__(self, fail_every: int):
+        spec = importlib.util.spec_from_file_location("hub", SHARED / "hub" / "hub.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self.server, self.address = module.serve(
+            str(SHARED / "hub" / "fineweb-edu"), data.HUB_REPOSITORY, fail_every=fail_every
+        )
+        self.statuses, self.bytes_sent, self.whole, self.cuts = Counter(), 0, 0, 0
+        hub = self
+
+        class Handler(self.server.RequestHandlerClass):
+            def send(self, code, body=b"", **headers):
+                hub.statuses[code] += 1
+                if code == 206:
+                    hub.bytes_sent += len(body)
+                    if hub.whole > 0:
+                        hub.whole -= 1
+                    elif hub.cuts > 0:
+                        hub.cuts -= 1
+                        return self.cut(body)
+                super().send(code, body, **headers)
+
+            def cut(self, body):
+                """Promise the whole body, send half of it, and hang up."""
+                self.send_response(206)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[: len(body) // 2])
+                self.wfile.flush()
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+
+        self.server.RequestHandlerClass = Handler
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Starts hubs; the last one started is the one that HF_ENDPOINT names."""
+    hubs = []
+
+    def start(fail_every=0):
+        hubs.append(Hub(fail_every))
+        monkeypatch.setenv("HF_ENDPOINT", hubs[-1].address)
+        return hubs[-1]
+
+    yield start
+    for one in hubs:
+        one.stop()
+
+
+@functools.cache
+def excerpt_texts() -> list[str]:
+    from pyarrow import parquet
+
+    return parquet.read_table(EXCERPT)["text"].to_pylist()
+
+
+def documents_of(tokens: np.ndarray, eot: int) -> list[tuple[int, ...]]:
+    """The documents in a split, without the <|endoftext|> that ends each."""
+    assert tokens[-1] == eot
+    ends = np.flatnonzero(tokens == eot)
+    return [tuple(part[part != eot].tolist()) for part in np.split(tokens, ends[:-1] + 1)]
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*")) if folder.exists() else []
+
+
+# ------------------------------------------------------------------------------------------------ FineWeb-Edu
+
+
+@needs_hub
+@needs_gpt2
+def test_fineweb_edu_arrives_whole_over_a_failing_connection(hub, gpt2, capsys):
+    served = hub(fail_every=3)
+    served.cuts = 1
+    found = data.prepare("fineweb-edu", 1_000_000, progress=False)
+    assert served.statuses[503] >= 2 and served.cuts == 0
+    # Everything the excerpt holds, by another way: 217,746 tokens and one <|endoftext|> for each of 142 documents.
+    encode = found.tokenizer.encode_ordinary
+    expected = Counter(tuple(encode(text)) for text in excerpt_texts())
+    held = documents_of(found.train, 50256) + documents_of(found.val, 50256)
+    assert Counter(held) == expected and len(found.train) + len(found.val) == 217_746 + 142
+    assert found.meta["documents"] == {"train": 130, "val": 12}
+    assert (found.source, found.vocab_size, found.tokenizer.name) == ("fineweb-edu", 50304, "gpt2")
+    assert "holds 217,888 tokens, fewer than the 1,000,000 asked for" in capsys.readouterr().out
+
+
+@needs_hub
+@needs_gpt2
+def test_only_what_is_needed_is_downloaded_and_only_once(hub, gpt2, cache, capsys):
+    served = hub()
+    found = data.prepare("fineweb-edu", 20_000, progress=False)
+    assert len(found.train) + len(found.val) == 20_000
+    assert served.bytes_sent < 0.4 * EXCERPT.stat().st_size  # the footer and one column of the first rows of five
+    before = left_in(cache)
+    served.stop()
+    again = data.prepare("fineweb-edu", 20_000, progress=False)  # and now without a hub
+    assert again.meta == found.meta and np.array_equal(again.train, found.train) and left_in(cache) == before
+    assert "from the cache" in capsys.readouterr().out
+    assert data.prepare("auto", 20_000, progress=False).source == "fineweb-edu"
+
+
+@needs_hub
+@needs_gpt2
+@pytest.mark.parametrize(
+    "whole, what", [(0, "opening 000_00000.parquet"), (2, "reading 000_00000.parquet, row group 1")]
+)
+def test_a_connection_that_always_drops_ends_in_one_line_and_leaves_nothing(hub, gpt2, cache, monkeypatch, whole, what):
+    served = hub()
+    served.whole, served.cuts = whole, 10**9
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(data.DataError, match=rf"^{what} failed after 4 attempts.*--data lessons$"):
+        data.prepare("fineweb-edu", 100_000, progress=False)
+    assert left_in(cache) == []
+
+
+@needs_hub
+@needs_gpt2
+def test_what_outlasts_the_retries_of_the_hub_s_library_is_survived(hub, gpt2, monkeypatch, capsys):
+    served = hub()
+    served.whole, served.cuts = 2, 15  # the library itself tries six times
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    found = data.prepare("fineweb-edu", 100_000, progress=False)
+    texts = Counter(tuple(found.tokenizer.encode_ordinary(text)) for text in excerpt_texts())
+    held = Counter(documents_of(found.train, 50256) + documents_of(found.val, 50256))
+    assert served.cuts == 0 and (held - texts).total() <= 1  # each document once, the last one cut short
+    assert "reading 000_00000.parquet, row group 1 failed" in capsys.readouterr().out
+
+
+def test_a_refusal_is_not_tried_again(monkeypatch):
+    import requests
+
+    response, tries = requests.Response(), []
+    response.status_code = 404
+
+    def refused():
+        tries.append(1)
+        raise requests.HTTPError("404 Not Found", response=response)
+
+    with pytest.raises(data.DataError, match="asking failed after 1 attempts: 404 Not Found"):
+        data._patiently(refused, "asking")
+    assert len(tries) == 1
+
+
+@needs_hub
+@needs_gpt2
+@pytest.mark.parametrize(
+    "owner, method, patience, message",
+    [
+        ("HfFileSystem", "glob", 0.5, "^listing FineWeb-Edu failed .*no answer within 0.25 s;"),
+        # Told to wait for an hour, the hub's library sleeps for an hour.
+        ("HfFileSystemFile", "read", 2.0, "failed after 1 attempts: no answer within"),
+    ],
+)
+def test_a_hub_that_keeps_us_waiting_ends_in_one_line(hub, gpt2, cache, monkeypatch, owner, method, patience, message):
+    from huggingface_hub import hf_file_system
+
+    hub()
+    monkeypatch.setattr(data, "PATIENCE", patience)
+    monkeypatch.setattr(getattr(hf_file_system, owner), method, lambda *_: time.sleep(60))
+    started = time.monotonic()
+    with pytest.raises(data.DataError, match=rf"{message}.*--data lessons$"):
+        data.prepare("fineweb-edu", 5000, progress=False)
+    assert time.monotonic() - started < 20
+    assert not list(cache.glob("**/*.bin"))
+
+
+@needs_hub
+@needs_gpt2
+def test_auto_takes_fineweb_edu_where_it_can(hub, gpt2):
+    hub()
+    assert data.prepare("auto", 20_000, progress=False).source == "fineweb-edu"
+
+
+@needs_hub
+@needs_gpt2
+def test_leaving_after_part_of_a_stream_exits_with_0(hub, gpt2):
+    """TPA_FULL=1 tries fifty times."""
+    hub(fail_every=3)
+    script = (
+        "import itertools\nfrom tpa_minimal.experiments import data\n"
+        "stream = data._hub_documents()\nprint(len(list(itertools.islice(stream, 40))))"
+    )
+    for _ in range(50 if os.environ.get("TPA_FULL") else 2):
+        child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        assert (child.returncode, child.stdout.strip()) == (0, "40"), child.stderr
+        assert "Traceback" not in child.stderr and "ignored" not in child.stderr
+
+
+@needs_gpt2
+def test_real_text_with_the_small_tokenizer(hub, gpt2, capsys):
+    hub()
+    found = data.prepare("fineweb-edu", 20_000, tokenizer="lessons", progress=False)
+    assert (found.source, found.vocab_size, found.tokenizer.name) == ("fineweb-edu", 1024, "lessons")
+    assert "of the lessons tokenizer\n" in capsys.readouterr().out
+    again = data.prepare("auto", 20_000, tokenizer="lessons", progress=False)
+    assert again.folder == found.folder
+    texts = found.tokenizer.decode(found.train.tolist()).split(data.END_OF_TEXT)
+    assert len(texts) > 2 and texts[0] in set(excerpt_texts())
+
+
+def test_a_tokenizer_that_does_not_exist_is_refused(cache):
+    with pytest.raises(data.DataError, match="tokenizer='gpt3': does not exist; choose one of gpt2, lessons"):
+        data.prepare("lessons", 20_000, tokenizer="gpt3", progress=False)
+
+
+@needs_gpt2
+def test_the_gpt2_tokenizer_is_the_genuine_one(gpt2):
+    tokenizer = data.load_tokenizer("gpt2")
+    assert tokenizer.encode_ordinary("Hello world, tensors!") == [15496, 995, 11, 11192, 669, 0]
+    assert (tokenizer.n_vocab, tokenizer.eot_token) == (50257, 50256)
+
+
+@needs_gpt2
+def test_the_vocabulary_is_downloaded_checked_and_kept(tmp_path, monkeypatch):
+    folder = tmp_path / "vocabulary"
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    data.load_tokenizer.cache_clear()
+    content = {name: (VOCABULARY / data._gpt2_file(name).name).read_bytes() for name in data.GPT2_FILES}
+    wrong = ["vocab.bpe"]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.split("/")[-1]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(content[name][:1000] if wrong and wrong.remove(name) is None else content[name])
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    import requests
+
+    get = requests.get
+    monkeypatch.setattr(data, "_gpt2_problem", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(
+        requests,
+        "get",
+        lambda address, **options: get(
+            address.replace(data.GPT2_ADDRESS, f"http://127.0.0.1:{server.server_port}/"), **options
+        ),
+    )
+    data._download_gpt2()
+    server.shutdown()
+    server.server_close()
+    assert wrong == [] and data._gpt2_cached() and len(left_in(folder)) == 2
+    data._gpt2_file("vocab.bpe").write_bytes(b"cut short")
+    assert not data._gpt2_cached()
+
+
+# --------------------------------------------------------------------------------------------- without a network
+
+
+def test_auto_decides_within_5_seconds_when_looking_up_names_hangs(monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", "https://huggingface.co")
+    over = threading.Event()
+
+    def hang(*_, **__):
+        over.wait(20)
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    started = time.monotonic()
+    source, why = data._choose(20_000, "gpt2")
+    assert time.monotonic() - started < 4
+    over.set()
+    assert source == "lessons" and "huggingface.co does not answer within 2.5 s" in why
+
+
+def test_auto_says_in_one_line_that_it_uses_the_lessons_and_why(monkeypatch, capsys):
+    started = time.monotonic()
+    found = data.prepare("auto", 5_000, progress=False)
+    assert time.monotonic() - started < 5
+    lines = capsys.readouterr().out.splitlines()
+    assert found.source == "lessons" and len(lines) == 1
+    assert "the built-in lessons" in lines[0] and "not FineWeb-Edu, since 127.0.0.1:9 cannot be reached" in lines[0]
+
+
+def test_offline_mode_is_respected(monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(socket, "socket", None)  # any attempt to connect would fail loudly
+    assert data.prepare("auto", 5_000, progress=False).source == "lessons"
+    assert "since HF_HUB_OFFLINE is set" in capsys.readouterr().out
+    with pytest.raises(data.DataError, match="HF_HUB_OFFLINE is set; connect to the network, or use --data lessons"):
+        data.prepare("fineweb-edu", 5_000, progress=False)
+
+
+def test_fineweb_edu_without_a_network_fails_in_one_line_with_the_remedy(cache):
+    with pytest.raises(data.DataError, match="cannot be reached.*--data lessons") as error:
+        data.prepare("fineweb-edu", 5_000, progress=False)
+    assert "\n" not in str(error.value) and left_in(cache) == []
+
+
+def test_a_hub_without_the_data_set_counts_as_none(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)  # 501 to all
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    assert "answers 501" in data._hub_problem(seconds=5)
+    server.shutdown()
+    server.server_close()
+
+
+def test_gpt2_without_a_network_fails_in_one_line_with_the_remedy(no_gpt2):
+    with pytest.raises(data.DataError, match="gpt2 tokenizer cannot be had.*TIKTOKEN_CACHE_DIR.*--data lessons$"):
+        data.load_tokenizer("gpt2")
+    with pytest.raises(data.DataError, match='\'gpt3\' does not exist; choose "gpt2" or "lessons"'):
+        data.load_tokenizer("gpt3")
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+def test_a_request_is_kept_and_reused(cache):
+    first = data.prepare("lessons", 20_000, progress=False)
+    stamps = {path: path.stat().st_mtime_ns for path in cache.rglob("*.*")}
+    again = data.prepare("lessons", 20_000, progress=False)
+    assert again.meta == first.meta and again.folder == first.folder
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.*")} == stamps
+    assert sorted(path.name for path in first.folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    assert json.loads((first.folder / "meta.json").read_text())["tokens"] == {
+        "train": len(first.train),
+        "val": len(first.val),
+    }
+    assert len(first.train) + len(first.val) == 20_000 and first.train.dtype == np.uint16
+    others = [data.prepare("lessons", 20_001, progress=False), data.prepare("lessons", 20_000, seed=1, progress=False)]
+    assert len({other.meta["checksum"] for other in (first, *others)}) == 3
+
+
+def test_the_lessons_in_the_shards_are_the_lessons(cache):
+    found = data.prepare("lessons", 20_000, progress=False)
+    decode = found.tokenizer.decode
+    for split, side in (("train", False), ("val", True)):
+        held = [decode(list(ids)) for ids in documents_of(getattr(found, split), 1023)]
+        expected = (text for text, held_out in lessons.documents(0) if held_out == side)
+        pairs = list(zip(held, expected))
+        assert all(text == right for text, right in pairs[:-1]) and pairs[-1][1].startswith(pairs[-1][0])
+        assert len(pairs) == found.meta["documents"][split] > 10
+
+
+@pytest.mark.parametrize(
+    "name, spoil, message",
+    [
+        ("train.bin", lambda path: os.truncate(path, 1000), r"train.bin holds 1000 bytes where \d+ were written"),
+        ("val.bin", lambda path: path.unlink(), r"val.bin holds 0 bytes where \d+ were written"),
+        ("val.bin", lambda path: path.write_bytes(path.read_bytes()[:-2] + b"\0\0"), r"val.bin has SHA-256 .* where"),
+        ("meta.json", lambda path: path.write_text("{"), "meta.json cannot be read"),
+        ("meta.json", lambda path: path.write_text("[]"), "meta.json cannot be read"),
+        (
+            "meta.json",
+            lambda path: path.write_text(path.read_text().replace("vocab_size", "size")),
+            "meta.json cannot be read",
+        ),
+    ],
+)
+def test_a_damaged_shard_is_refused_with_the_remedy(cache, name, spoil, message):
+    found = data.prepare("lessons", 5_000, progress=False)
+    spoil(found.folder / name)
+    with pytest.raises(data.DataError, match=message) as error:
+        data.prepare("lessons", 5_000, progress=False)
+    assert f"delete the folder {found.folder}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_full_disk_leaves_nothing_and_says_so(cache, monkeypatch):
+    class FullDisk:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+    def opened(path, mode="r", **options):
+        return FullDisk(open(path, mode)) if mode == "wb" else open(path, mode, **options)
+
+    monkeypatch.setattr(data, "open", opened, raising=False)
+    with pytest.raises(data.DataError, match="No space left on device; make room, or set TPA_CACHE elsewhere"):
+        data.prepare("lessons", 5_000, progress=False)
+    assert left_in(cache) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends Ctrl-C to a whole console, the tests included")
+def test_ctrl_c_leaves_nothing(cache):
+    script = "from tpa_minimal.experiments import data\ndata.prepare('lessons', 500_000_000, progress=False)"
+    child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in cache.rglob("train.bin")):
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=60)
+    assert child.returncode != 0 and left_in(cache) == []
+
+
+def test_what_a_killed_process_left_is_cleared_a_day_later(cache):
+    for name, age in ((".making-old", 25 * 3600), (".making-new", 3600)):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "train.bin").write_bytes(b"12")
+        for path in (cache / name / "train.bin", cache / name):
+            os.utime(path, (time.time() - age,) * 2)
+    data.prepare("lessons", 2_000, progress=False)
+    assert not (cache / ".making-old").exists() and (cache / ".making-new").exists()
+
+
+def test_builders_of_the_same_thing_do_not_disturb_each_other(cache):
+    found, gate = [], threading.Barrier(3)
+
+    def build():
+        gate.wait()
+        found.append(data.prepare("lessons", 30_000, progress=False))
+
+    threads = [threading.Thread(target=build) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 and len({one.meta["checksum"] for one in found}) == 1
+    assert [path.name for path in cache.iterdir()] == [found[0].folder.name]
+
+
+@pytest.mark.parametrize("tokens", [0, -5, 999, 1.5e6, True, "many"])
+def test_a_senseless_number_of_tokens_is_refused(tokens):
+    with pytest.raises(data.DataError, match=re.escape(f"tokens={tokens!r}: must be a whole number, 1000 or more")):
+        data.prepare("lessons", tokens)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, None])
+def test_a_senseless_seed_is_refused(seed):
+    with pytest.raises(data.DataError, match=f"seed={seed!r}: must be a whole number"):
+        data.prepare("lessons", 5_000, seed=seed)
+
+
+# ------------------------------------------------------------------------------------------------ local files
+
+
+def write(folder: Path, name: str, texts: list[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    if name.endswith(".parquet"):
+        import pyarrow
+        from pyarrow import parquet
+
+        table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+        parquet.write_table(table, path, row_group_size=7)
+    elif name.endswith(".jsonl"):
+        path.write_text("".join(json.dumps({"text": text, "n": 1}) + "\n\n" for text in texts), encoding="utf-8")
+    else:
+        path.write_text("<|endoftext|>".join(texts), encoding="utf-8-sig")
+    return path
+
+
+STORIES = [f"Story {n}: naïve café, 東京 🙂.\n\nLine two of {n}. " + "word " * n for n in range(40)]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.txt"])
+def test_a_local_file_gives_its_documents(tmp_path, no_gpt2, capsys, name):
+    found = data.prepare(write(tmp_path / "mine", name, STORIES), 100_000, progress=False)
+    held = documents_of(found.train, 1023) + documents_of(found.val, 1023)
+    assert sorted(found.tokenizer.decode(list(ids)) for ids in held) == sorted(STORIES)
+    out = capsys.readouterr().out
+    assert "tokens of the lessons tokenizer; no gpt2 tokenizer, since" in out and "fewer than the 100,000" in out
+
+
+@needs_gpt2
+def test_a_local_folder_is_read_whole_with_gpt2_where_it_can_be_had(tmp_path, gpt2):
+    folder = tmp_path / "mine"
+    write(folder / "b", "x.jsonl", STORIES[:15])
+    write(folder, "y.txt", STORIES[15:30])
+    write(folder, "z.parquet", STORIES[30:])
+    write(folder, "notes.md", ["not read"])
+    found = data.prepare(str(folder), 100_000, progress=False)
+    held = documents_of(found.train, 50256) + documents_of(found.val, 50256)
+    assert sorted(found.tokenizer.decode(list(ids)) for ids in held) == sorted(STORIES)
+    write(folder, "y.txt", STORIES[15:29])  # a changed file is another request
+    assert data.prepare(str(folder), 100_000, progress=False).folder != found.folder
+
+
+def test_a_plain_text_is_divided_at_blank_lines(tmp_path, no_gpt2):
+    paragraphs = [f"Paragraph {n}. " + "It goes on and on. " * 30 + "\n" for n in range(50)]
+    (tmp_path / "book.txt").write_text("\n".join(paragraphs))
+    found = data.prepare(tmp_path / "book.txt", 100_000, progress=False)
+    assert sum(found.meta["documents"].values()) == 13  # four paragraphs pass 2,000 letters
+    held = documents_of(found.train, 1023) + documents_of(found.val, 1023)
+    held = [found.tokenizer.decode(list(ids)) for ids in held]
+    assert sum(text.count("Paragraph") for text in held) == 50
+    assert all(text.lstrip().startswith("Paragraph") for text in held)
+
+
+def test_the_split_is_by_the_text_alone(tmp_path, no_gpt2):
+    stories = [f"Story {n}" for n in range(600)]
+    sides = []
+    for order in (stories, stories[::-1], stories[100:]):
+        found = data.prepare(write(tmp_path, "s.jsonl", order), 100_000, progress=False)
+        val = {found.tokenizer.decode(list(ids)) for ids in documents_of(found.val, 1023)}
+        train = {found.tokenizer.decode(list(ids)) for ids in documents_of(found.train, 1023)}
+        assert not val & train and val | train == set(order)
+        sides.append(val)
+    assert sides[0] == sides[1] and sides[2] == sides[0] & set(stories[100:])
+    assert 0.04 < len(sides[0]) / 600 < 0.12
+
+
+def test_a_few_documents_still_give_both_splits(tmp_path, no_gpt2):
+    for n in range(2, 7):
+        found = data.prepare(write(tmp_path, f"{n}.jsonl", STORIES[:n]), 100_000, progress=False)
+        held = [documents_of(found.train, 1023), documents_of(found.val, 1023)]
+        assert len(held[0]) + len(held[1]) == n and found.meta["documents"] == {
+            "train": len(held[0]),
+            "val": len(held[1]),
+        }
+        texts = sorted(found.tokenizer.decode(list(ids)) for ids in held[0] + held[1])
+        assert texts == sorted(STORIES[:n])
+
+
+def test_wrong_files_are_refused_in_one_line(tmp_path, no_gpt2, cache):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"body": ["a"], "id": [1]}), tmp_path / "other.parquet")
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+    (tmp_path / "cut.jsonl").write_text('{"text": "fi')
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "one.txt").write_text("a single document")
+    (tmp_path / "none.txt").write_text(" \n\n ")
+    (tmp_path / "page.html").write_text("<p>")
+    (tmp_path / "empty").mkdir()
+    for name, message in {
+        "missing.txt": "missing.txt' is no file or folder; give a path that exists, or auto, fineweb-edu or lessons",
+        "other.parquet": "has no column text, only body, id; rename",
+        "numbers.parquet": "its column text holds int64, not text; write it as strings",
+        "deep.jsonl": "deep.jsonl, line 1: not a JSON object",
+        "torn.parquet": "opening .*torn.parquet failed",
+        "bad.jsonl": 'bad.jsonl, line 2: not a JSON object with a string "text"; mend or remove it',
+        "cut.jsonl": "cut.jsonl, line 1: not a JSON object",
+        "latin.txt": "latin.txt is not UTF-8 text .it holds the byte 0xe9.; save it as UTF-8",
+        "one.txt": "1 documents with text in 5,000 tokens are too few to split",
+        "none.txt": "0 documents with text in 5,000 tokens are too few to split",
+        "page.html": "page.html is not and does not hold a file that can be read; give one of .parquet, .jsonl, .txt",
+        "empty": "empty is not and does not hold a file",
+    }.items():
+        with pytest.raises(data.DataError, match=message) as error:
+            data.prepare(tmp_path / name, 5_000, progress=False)
+        assert "\n" not in str(error.value)
+    assert left_in(cache) == []
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+@pytest.fixture(scope="module")
+def token_data(tmp_path_factory) -> data.TokenData:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return data.prepare("lessons", 20_000, progress=False)
+
+
+def test_batch_depends_on_its_arguments_alone(token_data):
+    arguments = ("train", 7, 4, 32, 3)
+    first = token_data.batch(*arguments)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    token_data.batch("train", 8, 4, 32, 3)
+    again = data.load(token_data.folder).batch(*arguments)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    for other in (("train", 8, 4, 32, 3), ("train", 7, 4, 32, 4)):
+        assert not torch.equal(token_data.batch(*other)[0], first[0])
+    # The very windows, whatever the versions of Python and NumPy: a resumed run goes on where it stopped.
+    assert first[0][:, 0].tolist() == [677, 115, 275, 423]
+
+
+def test_targets_are_the_inputs_moved_on_by_one_within_the_split(token_data):
+    for split in ("train", "val"):
+        tokens = torch.from_numpy(getattr(token_data, split).astype(np.int64))
+        windows = tokens.unfold(0, 33, 1)
+        inputs, targets = token_data.batch(split, 0, 16, 32, 0)
+        assert inputs.dtype == targets.dtype == torch.int64 and inputs.shape == targets.shape == (16, 32)
+        for x, y in zip(inputs, targets):
+            match = (windows[:, :32] == x).all(1).nonzero()[:, 0]
+            assert any(torch.equal(windows[start, 1:], y) for start in match)
+
+
+def test_random_windows_reach_both_ends_and_no_further(token_data):
+    val = token_data.val[:40]
+    small = data.TokenData(token_data.folder, "small", token_data.tokenizer, 1024, val, val, {})
+    inputs, targets = small.batch("val", 0, 400, 36, 0)
+    starts = {tuple(row.tolist()) for row in torch.cat([inputs[:, :1], targets], 1)}
+    assert starts == {tuple(val[s : s + 37].tolist()) for s in range(4)}
+    inputs, targets = small.batch("val", 0, 2, 39, 0)  # a single window is there
+    assert inputs[0].tolist() == val[:39].tolist() and targets[1].tolist() == val[1:].tolist()
+
+
+@pytest.mark.parametrize(
+    "read", [lambda d, n: d.batch("val", 0, 2, n, 0), lambda d, n: list(d.validation_batches(2, n, 1))]
+)
+def test_a_split_shorter_than_a_window_is_refused(token_data, read):
+    n = len(token_data.val)
+    read(token_data, n - 1)
+    with pytest.raises(
+        data.DataError, match=f"sequences of {n} tokens do not fit: split val of lessons holds {n} tokens"
+    ):
+        read(token_data, n)
+
+
+def test_an_unknown_split_is_refused(token_data):
+    with pytest.raises(data.DataError, match="split 'test' does not exist"):
+        token_data.batch("test", 0, 1, 8, 0)
+
+
+def test_validation_batches_are_the_same_windows_side_by_side(token_data):
+    batches = list(token_data.validation_batches(3, 50, 10**6))
+    inputs, targets = (torch.cat(parts).flatten() for parts in zip(*batches))
+    count = (len(token_data.val) - 1) // 50 * 50
+    assert np.array_equal(inputs, token_data.val[:count]) and np.array_equal(targets, token_data.val[1 : count + 1])
+    assert all(x.shape == (3, 50) for x, _ in batches[:-1])
+    few = list(token_data.validation_batches(3, 50, 2))
+    assert len(few) == 2 and all(torch.equal(x, y) for x, y in zip(itertools.chain(*few), itertools.chain(*batches)))
+
+
+def test_import_stays_light():
+    script = (
+        "import sys, tpa_minimal.experiments.data\n"
+        "print(*{'datasets', 'tiktoken', 'matplotlib', 'pyarrow', 'huggingface_hub', 'requests'} & sys.modules.keys())"
+    )
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (child.returncode, child.stdout.strip()) == (0, ""), child.stderr
+
+
+# ------------------------------------------------------------------------------------------------ recall
+
+
+def oracle(tokenizer, changed=False):
+    """A model that reads the text: it knows what each keeper has, and otherwise predicts nothing."""
+
+    def model(tokens):
+        logits = torch.zeros(*tokens.shape, tokenizer.n_vocab)
+        for row, ids in zip(logits, tokens.tolist()):
+            told = tokenizer.decode(ids[1:]).split("\nQuestion:")[0]
+            has = dict(re.findall(r"(\w+) has( an? \w+ \w+\.)", told))
+            for end in range(1, len(ids)):
+                last = re.search(r"Answer: (\w+) has(.*)$", tokenizer.decode(ids[1 : end + 1]))
+                if last and has[last[1]].startswith(last[2]) and has[last[1]] != last[2]:
+                    row[end, tokenizer.encode_ordinary(has[last[1]][len(last[2]) :])[0]] = 50
+        return logits
+
+    return model
+
+
+@pytest.mark.parametrize("name", ["lessons", pytest.param("gpt2", marks=needs_gpt2)])
+def test_recall_scores_a_reader_1_and_a_guesser_about_chance(name, gpt2):
+    tokenizer = data.load_tokenizer(name)
+    probe = data.recall_probe(tokenizer, 6, distance=30, n_facts=3)
+    assert data.score_recall(oracle(tokenizer), probe) == (1.0, 1.0, pytest.approx(1 / 3))
+    assert data.score_recall(oracle(tokenizer), probe, batch_size=5) == (1.0, 1.0, pytest.approx(1 / 3))
+    many = data.recall_probe(data.load_tokenizer("lessons"), 400, distance=10, n_facts=4)
+    guess = data.score_recall(lambda tokens: torch.randn(*tokens.shape, 1024), many, batch_size=400)
+    assert guess.exact == 0 and abs(guess.choice - guess.chance) < 0.07  # 3 standard deviations of 400 guesses
+
+
+def test_a_model_that_always_takes_the_last_fact_is_no_better_than_chance():
+    tokenizer = data.load_tokenizer("lessons")
+    probe = data.recall_probe(tokenizer, 300, distance=0, n_facts=4)
+    share = (probe.correct == 3).float().mean().item()
+    assert abs(share - 0.25) < 0.08
+
+
+def test_a_recall_probe_keeps_its_distance_and_its_names(gpt2):
+    tokenizer = data.load_tokenizer("lessons")
+    encode = tokenizer.encode_ordinary
+    for distance in (0, 25, 90):
+        probe = data.recall_probe(tokenizer, 20, distance=distance, n_facts=5, seed=2)
+        assert len(probe) == 20 and probe.tokens.shape[:2] == (20, 5)
+        for n, text in enumerate(probe.texts):
+            told, asked = text.split("\nQuestion: ")
+            person, answer = re.search(r"Answer: (\w+) has (.*)$", asked).groups()
+            statement = f"{person} has {answer}"
+            assert told.count(statement) == 1 and len(re.findall(r"\w+ has an? \w+ \w+\.", told)) == 5
+            between = len(encode(told.split(statement)[1]))
+            if probe.correct[n] == 4:  # otherwise the other facts alone may be longer
+                assert distance <= between < distance + 20
+            assert between >= distance
+            row = probe.tokens[n, probe.correct[n]].tolist()
+            assert row[0] == tokenizer.eot_token
+            assert tokenizer.decode(row[1:]).replace("<|endoftext|>", "") == text
+            start, length = probe.answer_start[n], probe.answer_length[n, probe.correct[n]]
+            assert tokenizer.decode(row[start : start + length]) == " " + answer
+    again, other = (data.recall_probe(tokenizer, 20, distance=90, n_facts=5, seed=seed) for seed in (2, 3))
+    assert torch.equal(again.tokens, probe.tokens) and again.texts == probe.texts != other.texts
+
+
+@pytest.mark.parametrize("wrong", [{"n_probes": 0}, {"distance": -1}, {"n_facts": 1}, {"n_facts": 13}])
+def test_a_senseless_probe_is_refused(wrong):
+    with pytest.raises(data.DataError, match=re.escape(f"{[*wrong][0]}={[*wrong.values()][0]}")):
+        data.recall_probe(data.load_tokenizer("lessons"), **wrong)

@@ -1,0 +1,613 @@
+"""Training: the recipe, what a run writes, and that nothing but a wrong value can stop it from being continued."""
+
+import errno
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tpa_minimal.experiments import data, train
+from tpa_minimal.experiments.train import SettingError, TrainConfig, TrainError
+from tpa_minimal.tpa import T6, T6Config
+
+MICRO = TrainConfig(
+    data="lessons",
+    tokens=20_000,
+    changes=dict(n_layer=1, d_model=16, n_head=2, d_head=4, rank_q=2, rank_k=1, rank_v=1),
+    steps=8,
+    batch_size=4,
+    seq_len=16,
+    lr=1e-2,
+    eval_every=3,
+    device="cpu",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread_and_own_cache(tmp_path_factory):
+    """Sums are taken in one order, and the corpus is made once for this file."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(train, "MIN_CHECKPOINT_SECONDS", 0.0)
+        yield
+    torch.set_num_threads(threads)
+
+
+def run(out, **changes):
+    return train.train(replace(MICRO, out=out, **changes), progress=False, log=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of a run that nothing happened to, and its metrics as text."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    run(out)
+    return out, (out / "metrics.jsonl").read_text()
+
+
+# A child process for each run that is killed, forked from a server that has imported the slow modules once.
+children = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+if os.name == "posix":
+    children.set_forkserver_preload(["pytest", "tiktoken", "torch._dynamo", "tpa_minimal.experiments.train"])
+
+
+def in_child(target, *arguments, **environment):
+    """Start target(*arguments) in a process that may die; returns the process."""
+    process = children.Process(target=_child, args=(dict(os.environ, **environment), target, arguments))
+    process.start()
+    return process
+
+
+def _child(environment, target, arguments):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    train.MIN_CHECKPOINT_SECONDS = 0.0
+    target(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------------- the recipe
+
+
+def test_learning_rate_warms_up_then_follows_a_cosine_to_a_twentieth():
+    rates = [train.learning_rate(step, 100, 2.0) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == 2.0
+    assert rates[54] == pytest.approx(2 * (0.05 + 0.95 / 2 * (1 + math.cos(math.pi * 44 / 90))))
+    assert all(a > b for a, b in zip(rates[10:], rates[11:])) and 0.1 < rates[99] < 0.11
+    assert train.learning_rate(1999, 10**6, 1.0) == 1.0  # the warm-up is never longer than 2,000 steps
+    assert train.learning_rate(0, 1, 1.0) == 1.0
+
+
+def test_decay_is_for_matrices_the_tied_embedding_included():
+    class WithGain(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(config.d_model))
+            self.matrix = nn.Parameter(torch.ones(config.d_model, 2))
+
+    model = T6(T6Config(32, 1, 8, 2, 4), attention=WithGain)
+    optimizer = train.new_optimizer(model, 1e-3)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
+        "embedding.weight": 0.1,
+        "blocks.0.attention.gain": 0.0,
+        "blocks.0.attention.matrix": 0.1,
+        "blocks.0.mlp.gate_proj.weight": 0.1,
+        "blocks.0.mlp.up_proj.weight": 0.1,
+        "blocks.0.mlp.down_proj.weight": 0.1,
+    }
+    assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+
+
+def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path):
+    """The oracle: twenty lines that do the same without processes, parts, checkpoints or autocast."""
+    result = run(tmp_path / "run")
+    torch.manual_seed(0)
+    token_data = result.data
+    changes = {"vocab_size": token_data.vocab_size, **MICRO.changes}
+    model = T6(T6Config.preset("tiny", **changes))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(9):
+        if step in (0, 3, 6, 8):
+            batches = token_data.validation_batches(4, 16, train.EVAL_TOKENS // 64)
+            pairs = [(x, y) for inputs, targets in batches for x, y in zip(inputs, targets)]
+            losses = [F.cross_entropy(model(x[None])[0], y).item() for x, y in pairs]
+            assert result.metrics[step]["val_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+        inputs, targets = token_data.batch("train", step, 4, 16, 0)
+        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        assert result.metrics[step]["train_loss"] == pytest.approx(loss.item(), rel=1e-4)
+        if step < 8:
+            loss.backward()
+            norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+            for p in model.parameters():
+                p.grad *= min(1.0, 1.0 / norm)
+            for group in optimizer.param_groups:
+                group["lr"] = train.learning_rate(step, 8, 1e-2)
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, trained), expected in zip(result.model.named_parameters(), model.parameters()):
+        torch.testing.assert_close(trained, expected, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_metrics_have_a_line_per_step_and_the_losses_fall(undisturbed):
+    out, text = undisturbed
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [row["step"] for row in rows] == list(range(9))
+    assert [row["tokens"] for row in rows] == [64 * step for step in range(9)]
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 3, 6, 8]
+    assert rows[8]["val_loss"] < rows[0]["val_loss"] - 0.1
+    assert {path.name for path in out.iterdir()} == {"metrics.jsonl", "loss.png", "checkpoint-00000008"}
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_leaves_the_callers_random_numbers_alone(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(tmp_path / "run", steps=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_accumulation_changes_nothing_but_rounding(undisturbed, tmp_path):
+    parts = run(tmp_path / "parts", accumulation=4)
+    for row, expected in zip(parts.metrics, train.read_metrics(undisturbed[0]), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_is_computed_in_as_many_parts_as_memory_needs():
+    big = replace(MICRO, batch_size=480, seq_len=1024)
+    assert train._accumulation(big, 1, 50304) == 48  # 10 sequences of 1,024 tokens make 2^29 logits
+    assert train._accumulation(big, 8, 50304) == 6
+    assert train._accumulation(MICRO, 1, 1024) == 1
+    assert train._accumulation(replace(MICRO, batch_size=3, seq_len=8192), 1, 2**17) == 3
+
+
+def _one_of_two(rank, config):
+    os.environ["RANK"] = str(rank)
+    train.train(config, progress=False)
+
+
+def test_two_processes_give_the_losses_of_one(undisturbed, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    config = replace(MICRO, out=tmp_path / "two", accumulation=2)
+    torchrun = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    processes = [in_child(_one_of_two, rank, config, **torchrun) for rank in range(2)]
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    for row, expected in zip(train.read_metrics(tmp_path / "two"), train.read_metrics(undisturbed[0]), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------- interrupted and killed
+
+SHORT = dict(steps=2, eval_every=2, resume=True)
+
+
+def _train_and_die(config, fatal, counted):
+    """Train, and die without any clean-up right before the `fatal`th change to the disk; report their number."""
+    changes = 0
+
+    def deadly(function):
+        def call(*arguments, **keywords):
+            nonlocal changes
+            changes += 1
+            if changes == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **keywords)
+
+        return call
+
+    train.save_file = deadly(train.save_file)
+    train.Path.mkdir = deadly(train.Path.mkdir)
+    train.Path.write_text = deadly(train.Path.write_text)
+    train.shutil.rmtree = deadly(shutil.rmtree)
+    train.os.replace = deadly(os.replace)
+    train.os.fsync = deadly(os.fsync)
+    train._write_curve = lambda *arguments: None
+    train.train(config, progress=False, log=lambda line: None)
+    counted.put(changes)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_killed_before_any_change_to_the_disk_a_run_resumes_to_the_same_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_write_curve", lambda *arguments: None)
+    run(tmp_path / "undisturbed", **SHORT)
+    expected = (tmp_path / "undisturbed/metrics.jsonl").read_text()
+    counted = children.SimpleQueue()
+    for fatal in range(1, 100):
+        out = tmp_path / str(fatal)
+        process = in_child(_train_and_die, replace(MICRO, out=out, **SHORT), fatal, counted)
+        process.join(30)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL, fatal
+        run(out, **SHORT)
+        assert (out / "metrics.jsonl").read_text() == expected, f"killed before change {fatal}"
+        assert not list(out.glob("*.tmp"))
+    assert counted.get() == fatal - 1 > 20
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_killed_again_and_again_at_random_moments_a_run_ends_with_the_same_lines(undisturbed, tmp_path):
+    random.seed(0)
+    for _ in range(20):
+        process = in_child(train.train, replace(MICRO, out=tmp_path / "run", resume=True))
+        process.join(random.uniform(0.05, 0.6))
+        process.kill()
+        process.join()
+    run(tmp_path / "run", resume=True)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == undisturbed[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_and_the_run_continues_to_the_same_lines(number, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "MIN_CHECKPOINT_SECONDS", 1e9)  # the signal's checkpoint is the only one
+    plain = data.TokenData.batch
+
+    def batch(self, split, step, *rest):
+        if step == 5:
+            os.kill(os.getpid(), number)
+        return plain(self, split, step, *rest)
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(data.TokenData, "batch", batch)
+        result = run(tmp_path / "run")
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert (result.stopped_by, result.step) == (number, 6)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint-00000006"]
+    continued = run(tmp_path / "run", resume=True)
+    assert (continued.stopped_by, continued.step) == (0, 8)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == undisturbed[1]
+    assert continued.metrics == train.read_metrics(undisturbed[0])
+
+
+def test_a_line_that_was_cut_off_and_lines_after_the_checkpoint_are_written_anew(undisturbed, tmp_path, monkeypatch):
+    out = stopped_after(3, tmp_path / "run", monkeypatch)
+    lines = undisturbed[1].splitlines(keepends=True)
+    assert (out / "metrics.jsonl").read_text() == "".join(lines[:3])
+    (out / "metrics.jsonl").write_text("".join(lines[:5]) + lines[5][:9])
+    run(out, resume=True)
+    assert (out / "metrics.jsonl").read_text() == undisturbed[1]
+
+
+def stopped_after(step, out, monkeypatch, **changes):
+    """The folder of a run that Ctrl-C stopped after `step` updates."""
+    clip = nn.utils.clip_grad_norm_
+    calls = []
+
+    def interrupting(*arguments):
+        calls.append(1)
+        if len(calls) == step:
+            signal.raise_signal(signal.SIGINT)
+        return clip(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.utils, "clip_grad_norm_", interrupting)
+        assert run(out, **changes).stopped_by == signal.SIGINT
+    return out
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_returned_as_it_is(undisturbed):
+    out, text = undisturbed
+    before = contents(out / "checkpoint-00000008")
+    lines = []
+    result = train.train(TrainConfig(out=out, resume=True, device="cpu"), progress=False, log=lines.append)
+    assert any("is finished" in line for line in lines)
+    assert (out / "metrics.jsonl").read_text() == text and contents(out / "checkpoint-00000008") == before
+    assert result.step == 8 and result.tokens_per_second > 0
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(undisturbed, tmp_path, monkeypatch):
+    plain, calls = train.save_file, []
+
+    def save_file(tensors, path):
+        calls.append(path)
+        if len(calls) == 6:  # the moments of the third checkpoint
+            path.write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_file", save_file)
+        with pytest.raises(TrainError, match=r"No space left on device.*checkpoint-00000001.* is intact.*--resume"):
+            run(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    run(tmp_path / "run", resume=True)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == undisturbed[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(TrainError, match=r"loss is (nan|inf) at step \d: --lr 1e\+30 is probably too high"):
+        run(tmp_path / "run", lr=1e30)
+
+
+# ------------------------------------------------------------------------------------------------- wrong values
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(lr=0.02), r"--lr 0.02: the run in .* was started with 0.01; leave --lr out"),
+        (dict(preset="small-124M"), "--preset small-124M: the run in .* was started with tiny"),
+        (dict(attention="mha"), "--attention mha: .* started with tpa"),
+        (dict(steps=9), "--steps 9: .* started with 8"),
+        (dict(seed=1), "--seed 1: .* started with 0"),
+        (dict(data="fineweb-edu"), "--data fineweb-edu: .* started with lessons"),
+        (dict(dtype="bfloat16"), "--dtype bfloat16: .* started with float32"),
+        (dict(tokenizer="gpt2"), "--tokenizer gpt2: .* started with lessons"),
+        (dict(changes={"n_layer": 2}), "--changes .* started with"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(changes, message, undisturbed):
+    before = contents(undisturbed[0])
+    with pytest.raises(SettingError, match=message):
+        run(undisturbed[0], resume=True, **changes)
+    assert contents(undisturbed[0]) == before
+
+
+def test_resuming_with_other_documents_is_refused(tmp_path, monkeypatch):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("<|endoftext|>".join(f"{n} is a number, and so is {n + 1}." * 20 for n in range(40)))
+    out = stopped_after(2, tmp_path / "run", monkeypatch, data=str(texts))
+    texts.write_text(texts.read_text().replace("number", "figure"))
+    with pytest.raises(SettingError, match="gives other tokens than the run .* bring back the same documents"):
+        run(out, resume=True, data=str(texts))
+
+
+def test_a_folder_in_use_is_left_alone(undisturbed):
+    before = contents(undisturbed[0])
+    with pytest.raises(SettingError, match="already holds a run; add --resume to continue it, or choose another"):
+        run(undisturbed[0])
+    assert contents(undisturbed[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(preset="huge"), "--preset huge: does not exist; choose one of tiny, small-124M"),
+        (dict(attention="linear"), "--attention linear: does not exist; choose one of tpa, tpa-kv-only, mha"),
+        (dict(tokenizer="gpt3"), "--tokenizer gpt3: choose one of gpt2, lessons"),
+        (dict(steps=0), "--steps 0: must be a whole number, 1 or more"),
+        (dict(batch_size=-4), "--batch-size -4: must be"),
+        (dict(accumulation=3), "--accumulation 3: must divide the 4 sequences"),
+        (dict(eval_every=0), "--eval-every 0"),
+        (dict(lr=-1.0), "--lr -1.0: must be a positive number; 0.003 is the preset's"),
+        (dict(lr=math.nan), "--lr nan"),
+        (dict(seed=-1), "--seed -1"),
+        (dict(device="tpu"), "--device tpu: choose auto, cpu, cuda or mps"),
+        (dict(device="mps"), "--device mps: PyTorch finds none here"),
+        (dict(dtype="float16"), "--dtype float16: choose"),
+        (dict(changes={"d_head": 5}), "d_head=5: must be even"),
+        (dict(changes={"rank": 5}), "unexpected keyword argument 'rank'"),
+        (dict(attention="mla"), "a layer of MLA with d_model=16.* has .* already"),
+        (dict(tokens=10), "tokens=10: must be"),
+        (dict(seq_len=10**6), "sequences of 1000000 tokens do not fit"),
+        (dict(data="no/such/file.txt"), "no/such/file.txt. is no file or folder"),
+    ],
+)
+def test_wrong_values_are_named_before_anything_is_written(changes, message, tmp_path):
+    if changes == dict(device="mps") and torch.backends.mps.is_available():
+        pytest.skip("this machine has what the test expects to be missing")
+    with pytest.raises((SettingError, data.DataError), match=message) as error:
+        run(tmp_path / "run", **changes)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_may_not_be_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingError, match="is a file; choose a folder"):
+        run(tmp_path / "file")
+
+
+def test_compile_says_in_one_line_that_there_is_no_compiler(tmp_path, monkeypatch):
+    def compile(function):
+        raise RuntimeError("Failed to find C++ compiler.\nPlease specify via CXX environment variable.")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(SettingError, match=r"--compile: does not work here \(Failed to find C\+\+ compiler.\); leave"):
+        run(tmp_path / "run", compile=True)
+
+
+# ----------------------------------------------------------------------------- what is left when training is over
+
+
+def test_a_checkpoint_gives_back_the_model_and_executes_nothing(undisturbed):
+    out, _ = undisturbed
+    assert {path.suffix for path in (out / "checkpoint-00000008").iterdir()} == {".safetensors", ".json"}
+    loaded = train.load_checkpoint(out)
+    assert loaded.step == 8 and loaded.settings.preset == "tiny" and loaded.tokenizer.name == "lessons"
+    again = run(out, resume=True)
+    tokens = torch.arange(12).view(1, -1)
+    assert torch.equal(loaded.model(tokens), again.model(tokens))
+    same = train.load_checkpoint(out / "checkpoint-00000008")
+    assert torch.equal(same.model(tokens), loaded.model(tokens))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named(name, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    file = tmp_path / "run/checkpoint-00000008" / name
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(SettingError, match=rf"{name}.*cannot be read.*delete this checkpoint's folder"):
+        run(tmp_path / "run", resume=True)
+
+
+STATES = {
+    "no object": lambda state: [],
+    "no settings": lambda state: {},
+    "no step": lambda state: {name: value for name, value in state.items() if name != "step"},
+    "a step as text": lambda state: {**state, "step": "3"},
+    "a step below 0": lambda state: {**state, "step": -1},
+    "a step beyond the last": lambda state: {**state, "step": 999},
+    "no seconds": lambda state: {name: value for name, value in state.items() if name != "seconds"},
+    "an unknown setting": lambda state: {**state, "settings": {**state["settings"], "colour": "red"}},
+    "a rate as text": lambda state: {**state, "settings": {**state["settings"], "lr": "fast"}},
+}
+
+
+@pytest.mark.parametrize("change", STATES)
+def test_a_state_that_cannot_be_is_named(change, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    file = tmp_path / "run/checkpoint-00000008/state.json"
+    file.write_text(json.dumps(STATES[change](json.loads(file.read_text()))))
+    with pytest.raises(SettingError, match=r"state\.json cannot be read .*delete this checkpoint's folder"):
+        run(tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("line", ["oops", "[1, 2]", '{"tokens": 3}', "\xff", ""])
+def test_metrics_with_a_bad_line_are_left_as_they_are(line, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    file = tmp_path / "run/metrics.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_bytes("\n".join([lines[0], line, *lines[2:]]).encode("latin-1"))
+    before = file.read_bytes()
+    with pytest.raises(SettingError, match=r"metrics\.jsonl.*put (the line|it) back as it was"):
+        run(tmp_path / "run", resume=True)
+    assert file.read_bytes() == before
+    file.unlink()
+    with pytest.raises(SettingError, match="does not hold one line for each step before 8"):
+        run(tmp_path / "run", resume=True)
+
+
+def test_other_folders_are_no_checkpoints(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    for name in ("checkpoint-²", "checkpoint-", "checkpoint-9x"):
+        (tmp_path / "run" / name).mkdir()
+    assert train.latest_checkpoint(tmp_path / "run").name == "checkpoint-00000008"
+
+
+def test_the_checkpoint_of_another_configuration_is_named(undisturbed, tmp_path):
+    run(tmp_path / "other", steps=1, changes={**MICRO.changes, "d_model": 8})
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    foreign = tmp_path / "other/checkpoint-00000001/model.safetensors"
+    shutil.copy(foreign, tmp_path / "run/checkpoint-00000008/model.safetensors")
+    with pytest.raises(SettingError, match=r"has shape \(.*8\) where this model needs .* another configuration"):
+        run(tmp_path / "run", resume=True)
+
+
+def test_there_must_be_a_checkpoint_to_load(tmp_path):
+    with pytest.raises(SettingError, match="holds no checkpoint; train with --out"):
+        train.load_checkpoint(tmp_path)
+
+
+def test_text_is_generated_from_any_prompt_and_any_weights(undisturbed):
+    model, tokenizer, *_ = train.load_checkpoint(undisturbed[0])
+    text = train.generate_text(model, tokenizer, "The lamp is red.", 30, seed=1)
+    assert text == train.generate_text(model, tokenizer, "The lamp is red.", 30, seed=1) != ""
+    assert text != train.generate_text(model, tokenizer, "The lamp is red.", 30, seed=2)
+    padded = T6(T6Config(tokenizer.n_vocab + 5000, 1, 8, 2, 4))  # draws ids that the tokenizer does not know
+    train.generate_text(padded, tokenizer, "", 50, top_k=None)
+
+
+@pytest.mark.parametrize("attention", train.ATTENTIONS)
+def test_every_attention_trains_with_the_parameters_and_the_cache_of_its_formula(attention, tmp_path):
+    changes = dict(n_layer=2, d_model=32, n_head=16, d_head=8)
+    result = run(tmp_path / "run", attention=attention, steps=2, changes=changes)
+    layer = sum(p.numel() for p in result.model.blocks[0].attention.parameters())
+    tpa = 32 * 10 * (16 + 8) + 32 * 16 * 8
+    smallest_step = {
+        "tpa": 0, "tpa-kv-only": 32 * (4 + 2 * 8), "mha": 4 * 32 * 8, "mqa": 2 * 32 * 8, "gqa": 4 * 32 * 8,
+        "mla": 2 * 4 * 8 * 32,
+    }[attention]  # fmt: skip
+    assert abs(layer - tpa) <= smallest_step
+    h = result.model.config.n_head
+    per_token = {
+        "tpa": 4 * (16 + 8), "tpa-kv-only": 4 * (h + 8), "mha": 2 * h * 8, "mqa": 2 * 8, "gqa": 2 * 2 * 8,
+        "mla": 4 * 8 + 4,
+    }[attention]  # fmt: skip
+    assert train.measure_caches(result.model, 50) == (50 * 2 * 4 * per_token, 50 * 2 * 4 * 2 * h * 8)
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def command(out, *options):
+    return train.main(f"--data lessons --tokens 20000 --device cpu --out {out}".split() + list(options))
+
+
+def test_the_command_trains_and_reports(tmp_path, capsys):
+    options = "--steps 3 --batch-size 2 --seq-len 16 --lr 0.01 --eval-every 2".split()
+    assert command(tmp_path / "run", *options) == 0
+    out = capsys.readouterr().out
+    for expected in (
+        r"Running on cpu \(1 threads\) in float32: about \d+ seconds for 3 steps of 32 tokens",
+        r"Validation loss: \d+\.\d+ before training, \d+\.\d+ after 3 steps",
+        r"Speed: 96 tokens at [\d,]+ tokens per second",
+        r"Samples, continuing the first words of long held-out documents.*:\n    \[.+\]",
+        r"Cache of one sequence of 512 tokens, measured: 1,572,864 bytes with tpa;",
+        r"8,388,608 bytes with MHA of the same 16 heads of width 32: 5.3 times as many",
+    ):
+        assert re.search(expected, out), expected
+    assert (tmp_path / "run/loss.png").exists()
+    assert train.main(["--out", str(tmp_path / "run"), "--resume", "--device", "cpu"]) == 0
+    assert "is finished: all 3 steps are done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--lr fast", "--steps 1.5", "--lr -1", "--preset huge", "--seed -1", "--colour red", "--data no/such", "--ou x"],
+)
+def test_a_wrong_option_is_one_line_and_status_2(options, tmp_path, capsys):
+    try:
+        status = command(tmp_path / "run", *options.split())
+    except SystemExit as error:
+        status = error.code
+    lines = capsys.readouterr().err.splitlines()
+    assert status == 2 and len(lines) == 1
+    assert lines[0].startswith("python -m tpa_minimal.experiments.train: ") and options.split()[-1] in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("where", ["data.prepare", "train.generate_text"])
+def test_a_signal_outside_the_steps_is_one_line_and_a_status_too(number, status, where, tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(f"tpa_minimal.experiments.{where}", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ended = command(tmp_path / "run", *"--steps 1 --batch-size 2 --seq-len 8".split())
+    except SystemExit as error:
+        ended = error.code
+    assert ended == status and signal.getsignal(signal.SIGTERM) == before
+    assert "continue with --resume" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_ctrl_c_ends_the_command_with_130_and_how_to_continue(tmp_path, capsys, monkeypatch):
+    plain = data.TokenData.batch
+
+    def batch(self, split, step, *rest):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return plain(self, split, step, *rest)
+
+    monkeypatch.setattr(data.TokenData, "batch", batch)
+    options = "--steps 5 --batch-size 2 --seq-len 8".split()
+    assert command(tmp_path / "run", *options) == 130
+    captured = capsys.readouterr()
+    line = captured.err.splitlines()[-1]
+    assert "stopped and saved at step 3; continue with: python -m tpa_minimal.experiments.train --out" in line
+    monkeypatch.undo()

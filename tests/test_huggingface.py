@@ -1,0 +1,753 @@
+"""Weights carried over compute the same: attention layers, LLaMA models, the authors' checkpoints, files and a hub."""
+
+import base64
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from tpa_minimal import huggingface as convert
+from tpa_minimal import variants
+from tpa_minimal.baselines import MultiHeadAttention, MultiHeadLatentAttention
+from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, assemble
+
+
+def config(**changes) -> T6Config:
+    sizes = dict(vocab_size=31, n_layer=2, d_model=24, n_head=6, d_head=8, rank_q=3, rank_k=2, rank_v=2, max_len=64)
+    return T6Config(**{**sizes, **changes})
+
+
+def wake(model):
+    """Fill what starts at zero, so that every weight matters."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+# ------------------------------------------------------------------------------------ MHA, MQA and GQA as TPA
+
+
+@pytest.mark.parametrize("n_head,n_kv_head", [(6, 6), (6, 3), (6, 2), (6, 1), (1, 1), (4, 2)])
+def test_mha_mqa_and_gqa_are_fixed_a_tpa(n_head, n_kv_head):
+    mha = wake(MultiHeadAttention(config(n_head=n_head), n_kv_head=n_kv_head)).double()
+    tpa = convert.mha_to_tpa(mha)
+    x = torch.randn(2, 21, 24, dtype=torch.float64)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, expected = tpa(ours), mha(theirs)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    direction = torch.randn_like(out)
+    (out * direction).sum().backward()
+    (expected * direction).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
+    weights = torch.cat([getattr(mha, f"{name}_proj").weight.grad for name in "qkv"])
+    torch.testing.assert_close(tpa.factor_proj.weight.grad, weights, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tpa.out_proj.weight.grad, mha.out_proj.weight.grad, rtol=1e-12, atol=1e-12)
+    assert tpa.a_q.grad is tpa.a_k.grad is tpa.a_v.grad is None  # constants: training goes on as MHA's would
+    cache, mha_cache = tpa.new_cache(2), mha.new_cache(2)
+    with torch.no_grad():
+        for chunk in x.split([5, 1, 1, 14], dim=1):
+            torch.testing.assert_close(tpa(chunk, cache), mha(chunk, mha_cache), rtol=0, atol=1e-12)
+    assert cache.nbytes == mha_cache.nbytes == 2 * 21 * 2 * n_kv_head * 8 * 8
+
+
+def test_conversion_copies_and_keeps_dtype_and_mode():
+    mha = wake(MultiHeadAttention(config(), n_kv_head=2)).to(torch.bfloat16).eval()
+    tpa = convert.mha_to_tpa(mha)
+    before = tpa.factor_proj.weight.clone()
+    mha.q_proj.weight.data.zero_()
+    assert torch.equal(tpa.factor_proj.weight, before)
+    assert tpa.a_k.dtype == tpa.factor_proj.weight.dtype == torch.bfloat16 and not tpa.training
+
+
+def test_a_whole_model_converts_block_by_block():
+    model = wake(T6(config(), attention=partial(MultiHeadAttention, n_kv_head=2)))
+    tokens = torch.randint(31, (2, 9))
+    logits, text = model(tokens), model.generate(tokens, 20, temperature=0)
+    for block in model.blocks:
+        block.attention = convert.mha_to_tpa(block.attention)
+    torch.testing.assert_close(model(tokens), logits, rtol=0, atol=1e-5)
+    assert torch.equal(model.generate(tokens, 20, temperature=0), text)
+
+
+def test_fixed_a_tpa_of_any_ranks_is_mha():
+    tpa = wake(variants.FixedHeadFactors(config(rank_q=4, rank_k=3, rank_v=1))).double()
+    mha = convert.tpa_to_mha(tpa)
+    x = torch.randn(2, 13, 24, dtype=torch.float64)
+    torch.testing.assert_close(mha(x), tpa(x), rtol=0, atol=1e-12)
+    back = convert.mha_to_tpa(mha)
+    torch.testing.assert_close(back(x), tpa(x), rtol=0, atol=1e-12)
+
+
+def test_groups_must_divide_the_heads():
+    with pytest.raises(ValueError, match="n_kv_head=4: must divide n_head=6"):
+        convert.group_factors(6, 4)
+
+
+def test_layers_of_another_kind_are_refused_by_name():
+    layer = TensorProductAttention(config())
+    with pytest.raises(TypeError, match="TensorProductAttention: only a MultiHeadAttention"):
+        convert.mha_to_tpa(layer)
+    with pytest.raises(TypeError, match="TensorProductAttention: only FixedHeadFactors"):
+        convert.tpa_to_mha(layer)
+
+
+# ------------------------------------------------------------------------------------------------------- LLaMA
+
+SHAPES = [
+    dict(num_attention_heads=4, num_key_value_heads=4, hidden_size=32, head_dim=8),
+    dict(num_attention_heads=6, num_key_value_heads=2, hidden_size=48, head_dim=16, rms_norm_eps=1e-5),
+    dict(num_attention_heads=8, num_key_value_heads=1, hidden_size=32, head_dim=6, tie_word_embeddings=True),
+    dict(num_attention_heads=3, num_key_value_heads=3, hidden_size=24, head_dim=8, rms_norm_eps=0.1),
+    dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        hidden_size=32,
+        head_dim=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    ),
+    dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        hidden_size=32,
+        head_dim=16,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        hidden_size=32,
+        head_dim=8,
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    ),
+    dict(
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        hidden_size=32,
+        head_dim=8,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+]
+
+
+def llama(**changes):
+    """A LLaMA of transformers with random weights, gains included, of a scale that matters."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=67, intermediate_size=40, num_hidden_layers=3, max_position_embeddings=512)
+    sizes |= dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **SHAPES[1], **changes}))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(parameter, 0.3, 2)
+        elif "embed" not in name and "lm_head" not in name:
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+def test_a_llama_gives_the_same_logits(shape, dtype, tolerance):
+    theirs = llama(**shape).to(dtype)
+    ours = convert.llama_to_t6(theirs)
+    tokens = torch.randint(67, (2, 300))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert expected.std() > 0.05
+        torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=tolerance)
+        cache = ours.new_cache(2)
+        parts = [ours(chunk, cache) for chunk in tokens.split([200, 1, 1, 70, 28], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=tolerance)
+    c = theirs.config
+    assert cache.nbytes == 2 * 300 * 3 * 2 * c.num_key_value_heads * c.head_dim * dtype.itemsize
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_a_llama_generates_the_same_text(shape):
+    theirs = llama(**shape)
+    ours = convert.llama_to_t6(theirs)
+    prompt = torch.randint(1, 67, (2, 40))  # generate() takes token 0, its padding, out of a prompt
+    expected = theirs.generate(prompt, max_new_tokens=60, do_sample=False)
+    assert torch.equal(ours.generate(prompt, 60, temperature=0), expected)
+
+
+def test_a_float32_conversion_goes_on_in_float64_and_copies():
+    theirs = llama()
+    ours = convert.llama_to_t6(theirs).double()
+    tokens = torch.randint(67, (1, 50))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs.double()(tokens).logits, rtol=0, atol=1e-5)
+        before = ours(tokens)
+        for parameter in theirs.parameters():
+            parameter.zero_()
+        assert torch.equal(ours(tokens), before)
+    assert ours.config.max_len == 512 and convert.llama_to_t6(theirs, max_len=64).config.max_len == 64
+
+
+def test_a_llama_that_is_exact_in_float64_is_matched_exactly(monkeypatch):
+    """transformers rounds to float32 in norms and rotary tables; without that, the conversion must not either."""
+    theirs = llama().double()
+    rounded = convert.llama_to_t6(theirs)
+
+    def norm(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    def rotary(self, x, position_ids):
+        angles = position_ids[..., None] * self.inv_freq
+        return torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
+
+    monkeypatch.setattr(type(theirs.model.norm), "forward", norm)
+    monkeypatch.setattr(type(theirs.model.rotary_emb), "forward", rotary)
+    tokens = torch.randint(67, (1, 300))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        torch.testing.assert_close(convert.llama_to_t6(theirs)(tokens), expected, rtol=0, atol=1e-9)
+        assert (rounded(tokens) - expected).abs().max() > 1e-9  # so the switch matters
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(attention_bias=True), "attention_bias=True.*no biases"),
+        (dict(mlp_bias=True), "mlp_bias=True.*no biases"),
+        (dict(hidden_act="gelu"), "hidden_act='gelu'.*SwiGLU"),
+        (
+            dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
+            "rope_type='dynamic'.*length",
+        ),
+    ],
+)
+def test_a_llama_that_cannot_be_carried_over_is_refused(changes, message):
+    for function in (convert.llama_to_t6, convert.use_tpa):
+        with pytest.raises(ValueError, match=message):
+            function(llama(**changes))
+
+
+def test_another_architecture_is_refused():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    mistral = transformers.MistralForCausalLM(transformers.MistralConfig(num_key_value_heads=1, **sizes))
+    with pytest.raises(ValueError, match="model_type='mistral'"):
+        convert.llama_to_t6(mistral)
+    for other in (T6(config()), llama().model, nn.Linear(2, 2)):
+        for function in (convert.llama_to_t6, convert.use_tpa):
+            with pytest.raises(TypeError, match=f"{type(other).__name__}: needed is a transformers.LlamaForCausalLM"):
+                function(other)
+    with pytest.raises(ValueError, match="max_len=0"):
+        convert.llama_to_t6(llama(), max_len=0)
+
+
+# ----------------------------------------------------------------------------------- TPA inside transformers
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_tpa_as_self_attn_generates_as_before(shape):
+    model = llama(**shape)
+    prompt = torch.randint(1, 67, (2, 30))
+    options = dict(max_new_tokens=25, do_sample=False, return_dict_in_generate=True)
+    with torch.no_grad():
+        logits = model(prompt).logits
+        greedy = model.generate(prompt, **options)
+        beams = model.generate(prompt, num_beams=3, **options).sequences
+        convert.use_tpa(model)
+        torch.testing.assert_close(model(prompt).logits, logits, rtol=0, atol=1e-4)
+        result = model.generate(prompt, **options)
+        assert torch.equal(result.sequences, greedy.sequences)
+        assert torch.equal(model.generate(prompt, num_beams=3, **options).sequences, beams)
+    c = model.config
+    for layer in result.past_key_values.layers:
+        assert layer.keys.shape == layer.values.shape == (2, c.num_key_value_heads, 54, c.head_dim)
+
+
+def test_tpa_as_self_attn_in_a_padded_batch():
+    model = llama()
+    tokens = torch.randint(1, 67, (1, 12))
+    padded = torch.cat((torch.zeros(1, 5, dtype=torch.long), tokens), 1)
+    mask = (padded > 0).long()
+    expected = model.generate(tokens, max_new_tokens=20, do_sample=False)[:, 12:]
+    convert.use_tpa(model)
+    got = model.generate(padded, attention_mask=mask, max_new_tokens=20, do_sample=False)[:, 17:]
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "attention", [TensorProductAttention, variants.KeyValueOnly, variants.SharedFeatureFactors, variants.PartialRoPE]
+)
+def test_any_tpa_as_self_attn_caches_factors_in_transformers_cache(attention):
+    model = llama(num_hidden_layers=2)
+    sizes = config(d_model=48, n_head=6, d_head=16)
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn = convert.LlamaSelfAttention(wake(attention(sizes)), i)
+    model.double()
+    tokens = torch.randint(1, 67, (2, 30))
+    with torch.no_grad():
+        whole = model(tokens).logits
+        first = model(tokens[:, :20], use_cache=True)
+        rest = [model(t, past_key_values=first.past_key_values).logits for t in tokens[:, 20:].split([1, 9], 1)]
+    torch.testing.assert_close(torch.cat((first.logits, *rest), 1), whole, rtol=0, atol=1e-6)
+    held = sum(x.numel() for layer in first.past_key_values.layers for x in (layer.keys, layer.values))
+    assert held == 2 * 30 * 2 * sum(w * r for w, r in zip(model.model.layers[0].self_attn.attention.sizes[2:], [1] * 4))
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_tpa_as_self_attn_generates_with_a_static_cache(shape):
+    model = llama(**shape)
+    prompt = torch.randint(1, 67, (2, 20))
+    options = dict(max_new_tokens=12, do_sample=False, cache_implementation="static")
+    expected = model.generate(prompt, **options)
+    assert torch.equal(convert.use_tpa(model).generate(prompt, **options), expected)
+    for function in (convert.llama_to_t6, convert.use_tpa):
+        with pytest.raises(ValueError, match="already"):
+            function(model)
+
+
+def test_a_static_cache_that_counts_in_place_does_not_move_the_start():
+    transformers = pytest.importorskip("transformers")
+    model = convert.use_tpa(llama(num_hidden_layers=1))
+    layer, x = model.model.layers[0].self_attn, torch.randn(2, 12, 48)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=40)
+    with torch.no_grad():
+        parts = [layer(chunk, past_key_values=cache)[0] for chunk in x.split([5, 6, 1], 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), layer(x)[0], rtol=0, atol=1e-5)
+
+
+def test_attention_that_takes_no_mask_is_refused():
+    with pytest.raises(ValueError, match="RotateAssembled attends in a way of its own"):
+        convert.LlamaSelfAttention(variants.RotateAssembled(config()), 0)
+    layer = convert.LlamaSelfAttention(variants.FixedHeadFactors(config()), 0)
+    with pytest.raises(ValueError, match="2 axes.*sdpa"):
+        layer(torch.randn(1, 3, 24), attention_mask=torch.ones(1, 3))
+
+
+# ------------------------------------------------------------------------------------------------ down in rank
+
+
+def converted(**changes):
+    model = wake(T6(config(**changes), attention=partial(MultiHeadAttention, n_kv_head=3))).double()
+    for block in model.blocks:
+        block.attention = convert.mha_to_tpa(block.attention)
+    return model
+
+
+def test_full_rank_is_exact_and_the_error_falls_with_rank():
+    model, tokens = converted(), torch.randint(31, (4, 32))
+    with torch.no_grad():
+        logits = model(tokens)
+        errors = []
+        for rank in (1, 2, 3):
+            small = convert.reduce_rank(model, tokens, rank, rank)
+            errors.append((small(tokens) - logits).norm().item())
+            cache = small.new_cache(4)
+            parts = [small(chunk, cache) for chunk in tokens.split([20, 1, 11], 1)]
+            torch.testing.assert_close(torch.cat(parts, 1), small(tokens), rtol=0, atol=1e-10)
+            assert cache.nbytes == 4 * 32 * 2 * 2 * rank * 8 * 8
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-10
+
+
+def test_fixed_fit_is_the_best_of_its_rank():
+    """Its squared error is the sum of the eigenvalues left out, which no fixed A can undercut (Eckart and Young)."""
+    y = torch.randn(50, 6, 4, dtype=torch.float64) * torch.tensor([3.0, 2, 1, 1, 0.5, 0.2]).view(6, 1).double()
+    singular = torch.linalg.svdvals(y.transpose(0, 1).flatten(1))
+    for rank in (1, 2, 5):
+        a = convert.fit_fixed(y, rank)
+        error = y - assemble(a.expand(50, 1, -1, -1), (a @ y / rank).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(error.square().sum(), singular[rank:].square().sum())
+
+
+def test_contextual_fit_finds_contextual_factors():
+    x = torch.randn(800, 12, dtype=torch.float64)
+    W_a, W_b = torch.randn(2, 5, 12).double(), torch.randn(2, 4, 12).double()
+
+    def values(W_a, W_b):
+        return torch.einsum("rhm,rdl,nm,nl->nhd", W_a, W_b, x, x) / 2
+
+    y = values(W_a, W_b)
+    error = (values(*convert.fit_contextual(x, y, 2, iterations=40)) - y).norm() / y.norm()
+    assert error < 1e-3
+
+
+def test_contextual_factors_cannot_follow_a_linear_map_of_centred_inputs():
+    """A product of two linear maps is even in x and a key is odd: at rank h the fixed fit is exact, this one is not."""
+    x = torch.randn(2000, 12, dtype=torch.float64)
+    y = (x @ torch.randn(12, 12).double()).unflatten(-1, (3, 4))
+    W_a, W_b = convert.fit_contextual(x, y, 3)
+    fitted = torch.einsum("rhm,rdl,nm,nl->nhd", W_a, W_b, x, x) / 3
+    assert (fitted - y).norm() / y.norm() > 0.8
+    x = torch.cat((x[:, :-1], torch.ones(2000, 1)), 1)  # a constant coordinate is all that they lack
+    y = (x @ torch.randn(12, 12).double()).unflatten(-1, (3, 4))
+    W_a, W_b = convert.fit_contextual(x, y, 3)
+    fitted = torch.einsum("rhm,rdl,nm,nl->nhd", W_a, W_b, x, x) / 3
+    assert (fitted - y).norm() / y.norm() < 1e-4
+
+
+def test_contextual_reduction_is_a_working_model():
+    model, tokens = converted(), torch.randint(31, (4, 32))
+    small = convert.reduce_rank(model, tokens, 2, 1, contextual=True)
+    assert isinstance(small.blocks[0].attention, variants.KeyValueOnly) and small.config.rank_v == 1
+    cache = small.new_cache(4)
+    with torch.no_grad():
+        parts = [small(chunk, cache) for chunk in tokens.split([20, 1, 11], 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), small(tokens), rtol=0, atol=1e-10)
+    assert cache.nbytes == 4 * 32 * 2 * 3 * (6 + 8) * 8
+
+
+def test_a_converted_llama_goes_down_in_rank_with_its_own_rope():
+    ours = convert.llama_to_t6(llama(**SHAPES[5]).double())
+    tokens = torch.randint(67, (2, 40))
+    with torch.no_grad():
+        same = convert.reduce_rank(ours, tokens, 2, 2)
+        torch.testing.assert_close(same(tokens), ours(tokens), rtol=0, atol=1e-10)
+
+
+def test_a_bfloat16_model_goes_down_in_rank_too():
+    model, tokens = converted(), torch.randint(31, (2, 40))
+    wanted = convert.reduce_rank(model, tokens, 2, 2).blocks[0].attention.a_k
+    small = convert.reduce_rank(model.bfloat16(), tokens, 2, 2)
+    assert small.blocks[0].attention.a_k.dtype == torch.bfloat16
+    overlap = torch.linalg.qr(small.blocks[0].attention.a_k.double().mT)[0].mT @ torch.linalg.qr(wanted.mT)[0]
+    assert torch.linalg.svdvals(overlap).min() > 0.9  # the same fit, but for rounding
+    with pytest.raises(ValueError, match="rank_k=7, rank_v=2: ranks 1 to n_head=6"):
+        convert.reduce_rank(model, tokens, 7, 2)
+
+
+def test_only_fixed_heads_go_down_in_rank():
+    with pytest.raises(ValueError, match="TensorProductAttention: only FixedHeadFactors"):
+        convert.reduce_rank(T6(config()), torch.zeros(1, 2, dtype=torch.long), 1, 1)
+    mixed = converted()
+    mixed.blocks[1].attention = TensorProductAttention(config())
+    with pytest.raises(ValueError, match="TensorProductAttention: only FixedHeadFactors"):
+        convert.reduce_rank(mixed, torch.zeros(1, 2, dtype=torch.long), 1, 1)
+    assert not mixed.blocks[0].attention._forward_pre_hooks
+
+
+# ------------------------------------------------------------------------------------ the authors' checkpoints
+
+
+def authors_shapes(c: T6Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of the authors' GPT, written down from their model/T6.py."""
+    shapes = {"transformer.wte.weight": (c.vocab_size, c.d_model), "lm_head.weight": (c.vocab_size, c.d_model)}
+    for i in range(c.n_layer):
+        attn, mlp = f"transformer.h.{i}.attn.", f"transformer.h.{i}.mlp."
+        for letter, rank in (("q", c.rank_q), ("k", c.rank_k), ("v", c.rank_v)):
+            shapes[f"{attn}c_qkv.W_A_{letter}.weight"] = (c.n_head * rank, c.d_model)
+            shapes[f"{attn}c_qkv.W_B_{letter}.weight"] = (rank * c.d_head, c.d_model)
+        shapes[f"{attn}c_proj.weight"] = (c.d_model, c.n_head * c.d_head)
+        shapes[f"{mlp}c_fc1.weight"] = shapes[f"{mlp}c_fc2.weight"] = (8 * c.d_model // 3, c.d_model)
+        shapes[f"{mlp}c_proj.weight"] = (c.d_model, 8 * c.d_model // 3)
+    return shapes
+
+
+def authors_checkpoint(c: T6Config) -> dict[str, torch.Tensor]:
+    state = {name: torch.randn(shape) * shape[-1] ** -0.5 for name, shape in authors_shapes(c).items()}
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    return state
+
+
+def authors_attention(state, x, c: T6Config, i: int):
+    """Their attention, from the paper's formulas and their layout: head factors (h, R), feature factors (R, d_h)."""
+    (B, T, _), d = x.shape, c.d_head
+    theta = 10000.0 ** (-torch.arange(0, d, 2) / d)
+    angles = torch.outer(torch.arange(T), theta)[:, None]  # (T, 1, d/2)
+    made = []
+    for letter, rank in (("q", c.rank_q), ("k", c.rank_k), ("v", c.rank_v)):
+        a = (x @ state[f"transformer.h.{i}.attn.c_qkv.W_A_{letter}.weight"].T).view(B, T, c.n_head, rank)
+        b = (x @ state[f"transformer.h.{i}.attn.c_qkv.W_B_{letter}.weight"].T).view(B, T, rank, d)
+        if letter != "v":
+            b1, b2 = b[..., : d // 2], b[..., d // 2 :]
+            b = torch.cat((b1 * angles.cos() + b2 * angles.sin(), b2 * angles.cos() - b1 * angles.sin()), -1)
+        made.append((a @ b / rank).transpose(1, 2))
+    q, k, v = made  # (B, h, T, d)
+    weights = (q @ k.mT / d**0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(2) @ state[f"transformer.h.{i}.attn.c_proj.weight"].T
+
+
+def authors_logits(state, tokens, c: T6Config):
+    def norm(x):
+        return x * (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
+
+    x = state["transformer.wte.weight"][tokens]
+    for i in range(c.n_layer):
+        x = x + authors_attention(state, norm(x), c, i)
+        mlp = [state[f"transformer.h.{i}.mlp.{name}.weight"].T for name in ("c_fc1", "c_fc2", "c_proj")]
+        x = x + (nn.functional.silu(norm(x) @ mlp[0]) * (norm(x) @ mlp[1])) @ mlp[2]
+    return norm(x) @ state["lm_head.weight"].T
+
+
+AUTHORS = [dict(), dict(n_head=5, d_head=12, d_model=32, rank_k=3, rank_v=1), dict(n_layer=1, rank_q=1, d_model=17)]
+
+
+@pytest.mark.parametrize("changes", AUTHORS)
+def test_the_authors_checkpoint_gives_the_same_logits(changes):
+    c = config(**changes)
+    state = authors_checkpoint(c)
+    model = T6(c)
+    model.load_state_dict(convert.authors_t6_state_dict(state, c))
+    tokens = torch.randint(31, (2, 40))
+    expected = authors_logits(state, tokens, c)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(model(tokens).detach(), expected, rtol=0, atol=1e-5)
+
+
+def test_both_ways_and_with_the_prefixes_of_training():
+    c = config()
+    state = authors_checkpoint(c)
+    ours = convert.authors_t6_state_dict({f"module._orig_mod.{name}": value for name, value in state.items()}, c)
+    back = convert.t6_to_authors_state_dict(ours, c)
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+    model = T6(c)
+    again = convert.authors_t6_state_dict(convert.t6_to_authors_state_dict(model.state_dict(), c), c)
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
+    c = config()
+    state = authors_checkpoint(c)
+
+    def refuse(state, c, message):
+        with pytest.raises(ValueError, match=message):
+            convert.authors_t6_state_dict(state, c)
+
+    refuse(state, replace(c, n_layer=3), r"transformer\.h\.2\.attn\.c_qkv\.W_A_q\.weight is missing")
+    refuse(state, replace(c, n_layer=1), r"transformer\.h\.1\..*no place")
+    refuse(state, replace(c, rank_q=2), r"W_A_q\.weight is \(18, 24\).*\(12, 24\)")
+    refuse(state, replace(c, vocab_size=30), r"wte\.weight is \(31, 24\)")
+    ours = T6(c).state_dict()
+    with pytest.raises(ValueError, match="rank_k=1, rank_v=2: the authors' model has one rank"):
+        convert.t6_to_authors_state_dict(ours, replace(c, rank_k=1, rank_v=2))
+    with pytest.raises(ValueError, match=r"blocks\.2\..* has shape None where"):
+        convert.t6_to_authors_state_dict(ours, replace(c, n_layer=3))
+    refuse({**state, "transformer.h.0.attn.subln.weight": torch.ones(8)}, c, "subln.weight.*no place")
+    refuse({**state, "lm_head.weight": torch.ones(31, 24)}, c, "one tensor for both")
+    refuse({}, c, "not a T6 checkpoint")
+    with pytest.raises(ValueError, match="d_ff=50"):
+        convert.t6_to_authors_state_dict({}, replace(c, d_ff=50))
+
+
+# --------------------------------------------------------------------------------------------- files and hubs
+
+KINDS = [
+    TensorProductAttention,
+    variants.KeyValueOnly,
+    variants.FixedHeadFactors,
+    variants.FixedFeatureFactors,
+    variants.SharedFeatureFactors,
+    variants.SigmoidHeadFactors,
+    variants.SoftmaxHeadFactors,
+    partial(variants.ThirdOrderFactors, d_b=2),
+    variants.RotateAssembled,
+    partial(variants.PartialRoPE, rotary_dim=4),
+    partial(MultiHeadAttention, n_kv_head=2),
+    partial(MultiHeadLatentAttention, d_c=10, d_rope=4),
+]
+
+
+@pytest.mark.parametrize("attention", KINDS)
+def test_saved_and_loaded_is_the_same_model(attention, tmp_path):
+    model = wake(T6(config(), attention=attention)).bfloat16()
+    convert.save_pretrained(model, tmp_path / "made" / "here")
+    assert sorted(path.name for path in (tmp_path / "made" / "here").iterdir()) == ["config.json", "model.safetensors"]
+    again = convert.from_pretrained(tmp_path / "made" / "here")
+    assert again.config == model.config and type(again.blocks[0].attention) is type(model.blocks[0].attention)
+    tokens = torch.randint(31, (1, 12))
+    assert torch.equal(again(tokens), model(tokens)) and again(tokens).dtype == torch.bfloat16
+
+
+def test_converted_and_reduced_llamas_are_saved_and_loaded(tmp_path):
+    ours = convert.llama_to_t6(llama(**SHAPES[5]))
+    tokens = torch.randint(67, (1, 30))
+    for model in (ours, convert.reduce_rank(ours, tokens, 1, 2), convert.reduce_rank(ours, tokens, 1, 1, True)):
+        convert.save_pretrained(model, tmp_path)
+        again = convert.from_pretrained(str(tmp_path))
+        assert torch.equal(again(tokens), model(tokens))
+        assert torch.equal(again.generate(tokens, 5, temperature=0), model.generate(tokens, 5, temperature=0))
+        frozen = [name for name, p in again.named_parameters() if not p.requires_grad]
+        assert frozen == [name for name, p in model.named_parameters() if not p.requires_grad]
+
+
+def test_a_llama_with_a_norm_or_rope_of_ones_own_is_refused(tmp_path):
+    for change in ("rope", "norm", "eps"):
+        ours = convert.llama_to_t6(llama())
+        if change == "rope":
+            ours.blocks[1].attention.rope = torch.tanh
+        else:
+            eps = 0.5 if change == "eps" else ours.llama["norm_eps"]
+            ours.norm = partial(convert.llama_norm if change == "eps" else torch.tanh, eps=eps, in_float32=True)
+        with pytest.raises(ValueError, match="of its own"):
+            convert.save_pretrained(ours, tmp_path)
+
+
+def test_a_model_converted_block_by_block_is_saved_with_its_layers_ranks(tmp_path):
+    model, tokens = converted(), torch.randint(31, (1, 12))
+    model.blocks[1].attention.factor_proj.weight.data *= 1.5
+    for some in (model, convert.reduce_rank(model, tokens, 2, 1)):
+        convert.save_pretrained(some, tmp_path)
+        again = convert.from_pretrained(tmp_path)
+        assert torch.equal(again(tokens), some(tokens)) and again.config.rank_q == 6
+    model.blocks[0].attention = some.blocks[0].attention
+    with pytest.raises(ValueError, match="different kinds or ranks"):
+        convert.save_pretrained(model, tmp_path)
+
+
+def test_a_failed_save_leaves_the_earlier_one(tmp_path, monkeypatch):
+    model = T6(config())
+    convert.save_pretrained(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(state, path, **_):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(convert, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        convert.save_pretrained(T6(config(d_model=32)), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_cannot_be_described_or_read_is_refused(tmp_path):
+    class Own(TensorProductAttention):
+        pass
+
+    with pytest.raises(ValueError, match="attention Own cannot be saved"):
+        convert.save_pretrained(T6(config(), attention=Own), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    mixed = T6(config())
+    mixed.blocks[0].attention = variants.KeyValueOnly(config())
+    with pytest.raises(ValueError, match="different kinds"):
+        convert.save_pretrained(mixed, tmp_path)
+    with pytest.raises(ValueError, match="of its own"):
+        convert.save_pretrained(T6(config(), norm=torch.tanh), tmp_path)
+    turned = T6(config())
+    turned.blocks[1].attention.rope = torch.tanh
+    normed = T6(config())
+    normed.blocks[1].norm = torch.tanh
+    for model in (turned, normed, type("OwnT6", (T6,), {})(config())):
+        with pytest.raises(ValueError, match="of its own"):
+            convert.save_pretrained(model, tmp_path)
+    for name in (tmp_path / "nowhere", "./nowhere", "runs/some/where"):
+        with pytest.raises(FileNotFoundError, match="no such folder"):
+            convert.from_pretrained(name)
+    convert.save_pretrained(T6(config()), tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    for damaged in (b"", weights[:100], b"x" * 100):
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match="model.safetensors is damaged"):
+            convert.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    good = json.loads((tmp_path / "config.json").read_text())
+
+    def refuse(message, **changes):
+        (tmp_path / "config.json").write_text(json.dumps({**good, **changes}))
+        with pytest.raises(ValueError, match=message):
+            convert.from_pretrained(tmp_path)
+
+    refuse("model_type='llama'.*llama_to_t6", model_type="llama")
+    refuse("does not know", attention={"name": "os.system"})
+    refuse("does not know", attention={"name": "KeyValueOnly", "d_b": 2})
+    refuse("colour.*does not know", config={**good["config"], "colour": 1})
+    refuse("not as config.json describes", config={**good["config"], "n_head": 3})
+    refuse("config.json: .*d_head=7", config={**good["config"], "d_head": 7})
+    refuse("config.json is damaged", config={name: good["config"][name] for name in ("vocab_size", "n_layer")})
+    for damaged in ("{}", "", json.dumps(good)[:-20]):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match="config.json|model_type"):
+            convert.from_pretrained(tmp_path)
+
+
+class LoopbackHub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's protocol as pushing and pulling one small repository takes; files are kept in memory."""
+
+    protocol_version = "HTTP/1.1"
+    repository, files, commit = "someone/tiny-t6", {}, "0" * 40
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, body=b"", status=200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": self.commit, **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path == "/api/repos/create":
+            found = {"url": f"http://{self.headers['Host']}/{self.repository}"}
+        elif self.path == f"/api/models/{self.repository}/preupload/main":
+            files = json.loads(body)["files"]
+            found = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+        else:
+            assert self.path == f"/api/models/{self.repository}/commit/main"
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            found = {
+                "commitUrl": f"http://{self.headers['Host']}/{self.repository}/commit/{self.commit}",
+                "commitOid": self.commit,
+            }
+        self.answer(json.dumps(found).encode(), Content_Type="application/json")
+
+    def do_GET(self):
+        name = self.path.removeprefix(f"/{self.repository}/resolve/main/")
+        if name not in self.files:
+            return self.answer(status=404, X_Error_Code="EntryNotFound")
+        self.answer(self.files[name], ETag=f'"{hashlib.sha1(self.files[name]).hexdigest()}"')
+
+    do_HEAD = do_GET
+
+
+def test_pushed_to_a_hub_and_pulled_from_it(tmp_path):
+    """The calls that users make, huggingface_hub's client included, in a process that takes a loopback hub for it."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), LoopbackHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    program = """
+import torch
+from tpa_minimal import variants, huggingface as convert
+from tpa_minimal.tpa import T6, T6Config
+config = T6Config(vocab_size=31, n_layer=2, d_model=24, n_head=6, d_head=8, max_len=64)
+model = T6(config, attention=variants.SharedFeatureFactors)
+print(convert.push_to_hub(model, "someone/tiny-t6"))
+again = convert.from_pretrained("someone/tiny-t6")
+tokens = torch.arange(20)[None]
+assert torch.equal(again(tokens), model(tokens)) and again.config == config
+"""
+    environment = dict(
+        os.environ,
+        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+        HF_HOME=str(tmp_path),
+        HF_TOKEN="hf_loopback",
+        HF_HUB_OFFLINE="0",
+        HF_HUB_DISABLE_XET="1",
+        NO_PROXY="127.0.0.1",
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(f"/someone/tiny-t6/commit/{'0' * 40}")
+    assert sorted(LoopbackHub.files) == ["config.json", "model.safetensors"]

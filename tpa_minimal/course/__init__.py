@@ -1,0 +1,1 @@
+"""The classroom: checkers, the looks of figures, diagrams, and the explorer."""

@@ -1,0 +1,1 @@
+"""The laboratory: data, training, evaluation, comparison and benchmarks, one job a file."""
