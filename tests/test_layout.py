@@ -13,9 +13,10 @@ MODULE = {
     "baselines": {"tpa"},
     "variants": {"tpa"},
     "memory": set(),
+    "files": set(),
     "cpu_decode": {"tpa"},
     "flash_decode": {"tpa"},
-    "huggingface": {"tpa", "baselines", "variants", "memory"},
+    "huggingface": {"tpa", "baselines", "variants", "memory", "files"},
 }
 LABORATORY = [
     "lessons",
