@@ -6,13 +6,12 @@ import math
 
 import pytest
 import torch
+from helpers import exactly
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch.testing import assert_close
 
-from tpa_minimal import baselines
-from tpa_minimal.baselines import KVCache, MultiHeadAttention, MultiHeadLatentAttention
-from tpa_minimal.tpa import T6, Cache, T6Config, apply_rope, rope_tables
+from tpa_minimal.baselines import MultiHeadAttention, MultiHeadLatentAttention
+from tpa_minimal.tpa import DECODE_TOKENS, T6, Cache, T6Config, apply_rope, rope_tables
 
 few = settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 
@@ -25,10 +24,6 @@ MAKERS = {
     "mla, odd widths": functools.partial(MultiHeadLatentAttention, d_c=5, d_c_q=7, d_rope=6),
 }
 every_baseline = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-
-
-def exactly(actual, expected, tolerance=1e-10):
-    assert_close(actual, expected, rtol=0, atol=tolerance * max(1.0, expected.abs().max().item()))
 
 
 def some_config(**changes):
@@ -127,7 +122,7 @@ def cases(draw):
             ]
         )
     )
-    # Chunks on both sides of FEW_TOKENS, so that both ways of attending meet a filled cache.
+    # Chunks on both sides of DECODE_TOKENS, so that both ways of attending meet a filled cache.
     chunks = draw(st.lists(st.sampled_from([1, 1, 2, 3, 16, 17, 20]), min_size=1, max_size=4))
     return config, make, draw(st.integers(1, 3)), chunks
 
@@ -180,7 +175,7 @@ def test_decoding_mla_never_expands_the_past(monkeypatch):
 
     monkeypatch.setattr(layer, "attend_expanded", expand)
     layer(torch.randn(1, 1, 12, dtype=torch.float64), cache)
-    layer(torch.randn(1, baselines.FEW_TOKENS, 12, dtype=torch.float64), cache)
+    layer(torch.randn(1, DECODE_TOKENS, 12, dtype=torch.float64), cache)
 
 
 @every_baseline
@@ -225,7 +220,7 @@ def test_a_full_cache_refuses_and_keeps_what_it_held(make):
     x = torch.randn(2, 10, 12, dtype=torch.float64)
     full, cache = layer(x), layer.new_cache(2, max_len=8)
     layer(x[:, :6], cache)
-    with pytest.raises(ValueError, match="holds 6 of 8 positions and cannot take 4 more.*max_len=10"):
+    with pytest.raises(ValueError, match="holds 6 of 8 positions.*4 more.*max_len=10"):
         layer(x[:, 6:], cache)
     assert cache.length == 6 and cache.max_len == 8
     exactly(layer(x[:, 6:8], cache), full[:, 6:8])
@@ -250,7 +245,7 @@ def test_caches_follow_the_layers_dtype_and_the_callers_wishes(make):
 
 
 def test_a_kv_cache_hands_back_what_it_was_given():
-    cache = KVCache(some_config(), 2, n_kv_head=3)
+    cache = MultiHeadAttention(some_config(n_head=3)).new_cache(2)
     k, v = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3, 8)
     cache.append(k[:, :4], v[:, :4])
     held = cache.append(k[:, 4:], v[:, 4:])
@@ -295,3 +290,22 @@ def test_the_config_stays_as_given():
     layer = MultiHeadAttention(config)
     layer.new_cache(1)
     assert layer.config is config and dataclasses.replace(config) == config
+
+
+# --------------------------------------------------------------------------------------------------- ragged batches
+
+
+@every_baseline
+def test_a_left_padded_row_gives_what_it_gives_alone(make):
+    torch.manual_seed(0)
+    model = randomized(T6(some_config(max_len=60), make))
+    rows, padding = [torch.randint(31, (1, length)) for length in (25, 7, 1)], torch.tensor([0, 18, 24])
+    batch = torch.cat([torch.nn.functional.pad(row, (25 - row.shape[1], 0), value=30) for row in rows])
+    cache = model.new_cache(3)
+    parts = [model(chunk, cache, padding) for chunk in batch.split([20, 4, 1], dim=1)]
+    for logits in (model(batch, padding=padding), torch.cat(parts, dim=1)):
+        for got, row in zip(logits, rows):
+            exactly(got[-row.shape[1] :], model(row)[0])
+    together = model.generate(batch, 30, temperature=0, padding=padding)
+    for got, row in zip(together, rows):
+        assert torch.equal(got[-30:], model.generate(row, 30, temperature=0)[0, -30:])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import storages
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -83,9 +84,7 @@ def test_what_is_set_aside_is_the_formula_too(mechanism):
     """nbytes could be a story that the cache tells: count the storages that it really holds."""
     layer = Layer(mechanism, 12, 4, 8, n_kv_head=2)
     cache = real_layer(layer, T6Config(11, 1, 12, 4, 8)).new_cache(3, max_len=50)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in vars(cache).values()
-                if isinstance(t, torch.Tensor)}  # fmt: skip
-    assert sum(storages.values()) == layer.cached_numbers * 3 * 50 * 4
+    assert sum(storages(cache).values()) == layer.cached_numbers * 3 * 50 * 4
 
 
 def measurement():

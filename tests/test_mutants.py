@@ -1,5 +1,6 @@
 """The tests are only as good as the mistakes they catch: each wrong TPA must fail an ordinary test."""
 
+import functools
 import inspect
 import sys
 import types
@@ -15,11 +16,23 @@ sys.path.insert(0, str(Path(__file__).parent / "mutants"))
 from wrong_tpas import MUTANTS  # noqa: E402
 
 SLOW = {"test_config_defaults_and_presets", "test_torch_compile_captures_the_model_whole"}
-ORDINARY = [
-    test
-    for name, test in vars(test_tpa).items()
-    if name.startswith("test_") and name not in SLOW and list(inspect.signature(test).parameters) == ["tpa"]
-]
+
+
+def runs(test):
+    """Calls of a test with each of its parameters; none if it wants another fixture than `tpa`."""
+    names, rows = [], [()]
+    for mark in getattr(test, "pytestmark", []):
+        if mark.name == "parametrize":
+            new = [name.strip() for name in mark.args[0].split(",")]
+            values = [value if len(new) > 1 else (value,) for value in mark.args[1]]
+            names, rows = names + new, [(*row, *value) for row in rows for value in values]
+    if set(inspect.signature(test).parameters) == {"tpa", *names}:
+        for row in rows:
+            yield functools.partial(test, **dict(zip(names, row)))
+
+
+TESTS = {name: test for name, test in vars(test_tpa).items() if name.startswith("test_") and name not in SLOW}
+ORDINARY = [run for test in TESTS.values() for run in runs(test)]
 
 
 def wrong_module(mutant):
@@ -32,13 +45,15 @@ def wrong_module(mutant):
 
 
 def first_failure(module):
-    """Name of the first ordinary test that a module fails, or None."""
+    """Name of the first ordinary test whose assertion a module fails, or None; a crash is no kill."""
     for test in ORDINARY:
         torch.manual_seed(0)
         try:
             test(tpa=module)
-        except (Exception, pytest.fail.Exception):
-            return test.__name__
+        except (AssertionError, pytest.fail.Exception):  # also of `pytest.raises` and of a failed `match`
+            return test.func.__name__
+        except Exception:  # noqa: S112
+            continue
     return None
 
 

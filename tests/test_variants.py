@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import storages
 
 from tpa_minimal import variants
 from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, apply_rope, rope_tables
@@ -74,8 +75,7 @@ def test_cached_equals_uncached_and_bytes_equal_the_formula(attention, case):
     torch.testing.assert_close(out, layer(x).detach(), rtol=0, atol=1e-10)
     numbers = NUMBERS[attention](rank_k, rank_v, h, d_head)
     assert cache.nbytes == 2 * x.shape[1] * numbers * 8
-    stored = {t.untyped_storage().data_ptr(): t.numel() for t in vars(cache).values() if isinstance(t, torch.Tensor)}
-    assert sum(stored.values()) == 2 * 48 * numbers  # nothing else is kept, rotated copies for instance
+    assert sum(storages(cache).values()) == 2 * 48 * numbers * 8  # nothing else is kept, rotated copies for instance
     cache.truncate(1)
     torch.testing.assert_close(layer(x[:, 1:3], cache), layer(x)[:, 1:3], rtol=0, atol=1e-10)
     weights = WEIGHTS[attention](20, rank_q, rank_k, rank_v, h, d_head) + 20 * h * d_head
@@ -239,7 +239,7 @@ def test_partial_rope_follows_the_authors_layout_up_to_the_order_of_features():
     b, positions = torch.randn(1, 5, 2, 8), torch.arange(3, 8)
     authors = torch.cat((apply_rope(b[..., :4], *rope_tables(positions, 4, 10000.0, b.dtype)), b[..., 4:]), -1)
     order = [0, 1, 4, 5, 2, 3, 6, 7]
-    ours = apply_rope(b[..., order], *layer.rope(positions, b.dtype))
+    ours = apply_rope(b[..., order], *layer.rope.tables(3, b))
     torch.testing.assert_close(ours, authors[..., order], rtol=0, atol=1e-12)
 
 

@@ -1,51 +1,47 @@
 """The mechanisms that TPA is compared with: MHA, MQA and GQA as one class, and MLA.
 
-All have the interface of `tpa.TensorProductAttention`, so any of them fits the trunk, its caches and `generate`:
+All have the interface of `tpa.TensorProductAttention`, so any of them fits the backbone and `generate`:
 
     T6(config, attention=MultiHeadAttention)
     T6(config, attention=functools.partial(MultiHeadAttention, n_kv_head=1))
     T6(config, attention=MultiHeadLatentAttention)
 
 They read the same config and ignore its ranks. Weights start as torch's `nn.Linear` draws them, as in the authors'
-baselines, except the output matrix, which starts at zero as TPA's does. Symbols and shapes are those of `tpa.py`.
+baselines, except the output projection, which starts at zero as TPA's does. Symbols and shapes are those of `tpa.py`.
 """
 
 import math
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpa_minimal.tpa import FactorCache, T6Config, apply_rope, causal_attention, rms_norm, rope_tables
-
-# Up to so many new tokens against a filled cache take the decoding path, which reads each cached number once.
-FEW_TOKENS = 16
+from tpa_minimal.tpa import DECODE_TOKENS, FactorCache, RoPE, T6Config, apply_rope, causal_attention, rms_norm, unseen
 
 
-def rotate(x: Tensor, start: int, base: float) -> Tensor:
-    """RoPE at positions start, start + 1, ...: x (B, T, any, d) -> the same shape, with tables of float32 or wider."""
-    positions = torch.arange(start, start + x.shape[1], device=x.device)
-    return apply_rope(x, *rope_tables(positions, x.shape[-1], base, torch.promote_types(x.dtype, torch.float32)))
-
-
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
     """Causal attention in which each of G keys and values is shared by h/G query heads, none of them copied.
 
     q: (B, T, h, d), the last T of the M positions; k, v: (B, M, G, d) -> (B, T, h, d). Scale 1/√d.
+    padding: see `tpa.unseen`.
     """
     (B, T, h, d), (M, G) = q.shape, k.shape[1:3]
     group = h // G
-    if not (T < M and T <= FEW_TOKENS):
+    if not (T < M and T <= DECODE_TOKENS):
         # One batch entry per shared head: its h/G query heads see the same k and v through a stride of 0.
         q = q.unflatten(2, (G, group)).transpose(1, 2).flatten(0, 1)  # (B·G, T, h/G, d)
         k, v = (x.transpose(1, 2).flatten(0, 1).unsqueeze(2).expand(-1, -1, group, -1) for x in (k, v))
-        out = causal_attention(q, k, v)
+        out = causal_attention(q, k, v, None if padding is None else padding.repeat_interleave(G))
         return out.unflatten(0, (B, G)).transpose(1, 2).flatten(2, 3)
     # Decoding: the h/G · T queries that share a head are the rows of one matrix product.
     q = q.unflatten(2, (G, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, G, h/G · T, d)
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, M, d)
-    mask = None if T == 1 else torch.ones(T, M, dtype=torch.bool, device=q.device).tril(M - T).repeat(group, 1)
+    mask = None
+    if T > 1 or padding is not None:
+        positions = torch.arange(M, device=q.device)
+        seen = ~unseen(positions, positions[M - T :], padding)  # (T, M) or (B, T, M)
+        seen = seen.expand(group, *seen.shape).movedim(0, -3)  # (h/G, T, M) or (B, h/G, T, M)
+        mask = seen.flatten(-3, -2).unsqueeze(-3)  # (1, h/G · T, M) or (B, 1, h/G · T, M)
     if q.device.type == "cpu" and q.dtype.itemsize >= 4:
         # On a CPU the fused kernel works on one shared head per thread: two plain products are up to 3 times faster.
         logits = q @ k.mT / math.sqrt(d)
@@ -57,27 +53,10 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.unflatten(2, (group, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-class KVCache(FactorCache):
-    """One layer's keys and values of all past tokens: 2 G d_h numbers per token (Table 1).
-
-    MHA, MQA and GQA are TPA whose head factors are fixed masks (Sec. 4), so this is a factor cache of rank G that holds
-    no head factors. Keys are stored rotated. G is `n_kv_head`, by default config.n_head.
-    """
-
-    def __init__(
-        self, config: T6Config, batch_size: int, max_len: int | None = None, device=None, dtype=None, n_kv_head=None
-    ):
-        G = n_kv_head or config.n_head
-        ranks, widths = replace(config, rank_k=G, rank_v=G), (0, config.d_head) * 2
-        super().__init__(ranks, batch_size, max_len, device, dtype, widths)
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, T, G, d_h) of T new tokens; return views of all that is held, each (B, length, G, d_h).
-
-        Raises ValueError, with nothing changed, if they do not fit.
-        """
-        _, k, _, v = super().append(k[..., :0], k, v[..., :0], v)
-        return k, v
+def empty_cache(layer: nn.Module, shapes, batch_size: int, max_len: int | None, device, dtype) -> FactorCache:
+    """A cache of `shapes` for `layer`, by default as long as its config says, in its own dtype and on its device."""
+    weight, max_len = layer.out_proj.weight, layer.config.max_len if max_len is None else max_len
+    return FactorCache(shapes, batch_size, max_len, device or weight.device, dtype or weight.dtype)
 
 
 class MultiHeadAttention(nn.Module):
@@ -90,6 +69,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, config: T6Config, n_kv_head: int | None = None):
         super().__init__()
         self.config = config
+        self.rope = RoPE(config.d_head, config.rope_base)
         self.n_kv_head = config.n_head if n_kv_head is None else n_kv_head
         divisors = [G for G in range(1, config.n_head + 1) if config.n_head % G == 0]
         if not isinstance(self.n_kv_head, int) or self.n_kv_head not in divisors:
@@ -104,46 +84,26 @@ class MultiHeadAttention(nn.Module):
         self.out_proj = nn.Linear(width, config.d_model, bias=False)
         nn.init.zeros_(self.out_proj.weight)
 
-    def new_cache(self, batch_size: int, max_len: int | None = None, device=None, dtype=None) -> KVCache:
-        """An empty cache for this layer, by default in the layer's own dtype and on its device."""
-        weight = self.out_proj.weight
-        return KVCache(self.config, batch_size, max_len, device or weight.device, dtype or weight.dtype, self.n_kv_head)
+    def new_cache(self, batch_size: int, max_len: int | None = None, device=None, dtype=None) -> FactorCache:
+        """An empty cache for this layer's k and v, 2 G d_h numbers per token, keys stored rotated (Table 1)."""
+        shapes = [(self.n_kv_head, self.config.d_head)] * 2
+        return empty_cache(self, shapes, batch_size, max_len, device, dtype)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: FactorCache | None = None, rope=None, padding=None) -> Tensor:
         """Attend from each token of x to itself and all before it, the cached ones included.
 
         x: (B, T, d_model) -> (B, T, d_model). The tokens follow those in `cache`, and are appended to it.
+        rope: their cos and sin, if at hand already; padding: see `tpa.unseen`.
         """
         start = 0 if cache is None else cache.length
         heads = (-1, self.config.d_head)
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, ·, d_h)
-        q, k = (rotate(y, start, self.config.rope_base) for y in (q, k))
+        q, k = (apply_rope(y, *(rope or self.rope.tables(start, x))) for y in (q, k))
         if cache is not None:
-            held = cache.append(k, v)
+            cached = cache.append(k, v)
             if start > 0:
-                k, v = (y.to(q.dtype) for y in held)  # (B, M, G, d_h)
-        return self.out_proj(grouped_attention(q, k, v).flatten(2))
-
-
-class LatentCache(FactorCache):
-    """One layer's latents and rotated keys of all past tokens: d_c + d_R numbers per token (Table 1).
-
-    Both lie side by side as one vector, a factor cache's only row, because absorbed attention reads them as one key.
-    """
-
-    def __init__(
-        self, config: T6Config, batch_size: int, max_len: int | None = None, device=None, dtype=None, *, d_c, d_rope
-    ):
-        widths = (0, d_c + d_rope, 0, 0)
-        super().__init__(replace(config, rank_k=1, rank_v=1), batch_size, max_len, device, dtype, widths)
-
-    def append(self, latent: Tensor) -> Tensor:
-        """Store the vectors (B, T, 1, d_c + d_R) of T new tokens; return a view of all, (B, length, 1, d_c + d_R).
-
-        Raises ValueError, with nothing changed, if they do not fit.
-        """
-        nothing = latent[..., :0]
-        return super().append(nothing, latent, nothing, nothing)[1]
+                k, v = (y.to(q.dtype) for y in cached)  # (B, M, G, d_h)
+        return self.out_proj(grouped_attention(q, k, v, padding).flatten(2))
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -173,6 +133,7 @@ class MultiHeadLatentAttention(nn.Module):
                 raise ValueError(f"{name}={value!r}: must be a whole number, 1 or more")
         if self.d_rope % 2:
             raise ValueError(f"d_rope={d_rope}: must be even, since RoPE rotates pairs; use {self.d_rope + 1}")
+        self.rope = RoPE(self.d_rope, config.rope_base)
         h, d_head, d_model = config.n_head, config.d_head, config.d_model
         self.q_down = nn.Linear(d_model, self.d_c_q, bias=False)  # W_DQ
         self.q_up = nn.Linear(self.d_c_q, h * (d_head + self.d_rope), bias=False)  # W_UQ and W_QR, head by head
@@ -182,42 +143,44 @@ class MultiHeadLatentAttention(nn.Module):
         self.out_proj = nn.Linear(h * d_head, d_model, bias=False)
         nn.init.zeros_(self.out_proj.weight)
 
-    def new_cache(self, batch_size: int, max_len: int | None = None, device=None, dtype=None) -> LatentCache:
-        """An empty cache for this layer, by default in the layer's own dtype and on its device."""
-        weight = self.out_proj.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
-        return LatentCache(self.config, batch_size, max_len, device, dtype, d_c=self.d_c, d_rope=self.d_rope)
+    def new_cache(self, batch_size: int, max_len: int | None = None, device=None, dtype=None) -> FactorCache:
+        """An empty cache for this layer's latents and rotated keys, d_c + d_R numbers per token (Table 1).
 
-    def forward(self, x: Tensor, cache: LatentCache | None = None) -> Tensor:
+        Both lie side by side as one vector, because absorbed attention reads them as one key.
+        """
+        return empty_cache(self, [(1, self.d_c + self.d_rope)], batch_size, max_len, device, dtype)
+
+    def forward(self, x: Tensor, cache: FactorCache | None = None, rope=None, padding=None) -> Tensor:
         """Attend from each token of x to itself and all before it, the cached ones included.
 
         x: (B, T, d_model) -> (B, T, d_model). The tokens follow those in `cache`, and are appended to it.
+        rope: their cos and sin, if at hand already; padding: see `tpa.unseen`.
         """
         start = 0 if cache is None else cache.length
         # 1. Low-rank queries, in a part without and a part with position; the new tokens' latents and rotated keys.
         q = self.q_up(rms_norm(self.q_down(x))).unflatten(-1, (self.config.n_head, -1))  # (B, T, h, d_h + d_R)
         q, q_rope = q.split((self.config.d_head, self.d_rope), dim=-1)
         latent, k_rope = self.kv_down(x).unsqueeze(2).split((self.d_c, self.d_rope), dim=-1)  # (B, T, 1, ·)
-        q_rope, k_rope = (rotate(y, start, self.config.rope_base) for y in (q_rope, k_rope))
+        q_rope, k_rope = (apply_rope(y, *(rope or self.rope.tables(start, x))) for y in (q_rope, k_rope))
         latent = torch.cat((rms_norm(latent), k_rope), dim=-1)  # (B, T, 1, d_c + d_R), what is cached
         # 2. With a cache: remember them, and see all earlier ones too.
         if cache is not None:
-            held = cache.append(latent)
+            (cached,) = cache.append(latent)
             if start > 0:
-                latent = held.to(q.dtype)  # (B, M, 1, d_c + d_R)
+                latent = cached.to(q.dtype)  # (B, M, 1, d_c + d_R)
         # 3. Attend: while decoding, straight from the latents.
-        attend = self.attend_absorbed if start > 0 and x.shape[1] <= FEW_TOKENS else self.attend_expanded
-        return self.out_proj(attend(q, q_rope, latent).flatten(2))
+        attend = self.attend_absorbed if start > 0 and x.shape[1] <= DECODE_TOKENS else self.attend_expanded
+        return self.out_proj(attend(q, q_rope, latent, padding).flatten(2))
 
-    def attend_expanded(self, q: Tensor, q_rope: Tensor, latent: Tensor) -> Tensor:
+    def attend_expanded(self, q: Tensor, q_rope: Tensor, latent: Tensor, padding=None) -> Tensor:
         """Build every head's keys and values of all M positions: for training and prefill. Returns (B, T, h, d_h)."""
         c, k_rope = latent.split((self.d_c, self.d_rope), dim=-1)
         k, v = (up(c.squeeze(2)).unflatten(-1, q.shape[2:]) for up in (self.k_up, self.v_up))  # (B, M, h, d_h)
         k = torch.cat((k, k_rope.expand(-1, -1, q.shape[2], -1)), dim=-1)
         v = F.pad(v, (0, self.d_rope))  # the fused kernels want keys and values of one width
-        return causal_attention(torch.cat((q, q_rope), dim=-1), k, v)[..., : self.config.d_head]
+        return causal_attention(torch.cat((q, q_rope), dim=-1), k, v, padding)[..., : self.config.d_head]
 
-    def attend_absorbed(self, q: Tensor, q_rope: Tensor, latent: Tensor) -> Tensor:
+    def attend_absorbed(self, q: Tensor, q_rope: Tensor, latent: Tensor, padding=None) -> Tensor:
         """The same from the latents alone, for decoding: qᵀ (W_UK c) = (W_UKᵀ q)ᵀ c, and Σ α W_UV c = W_UV Σ α c.
 
         MLA is then MQA of width d_c + d_R, whose one value is the latent. Returns (B, T, h, d_h).
@@ -226,5 +189,5 @@ class MultiHeadLatentAttention(nn.Module):
         q = torch.einsum("bthd,hdc->bthc", q, self.k_up.weight.view(h, d_head, self.d_c))
         scale = math.sqrt((self.d_c + self.d_rope) / (d_head + self.d_rope))  # to 1/√(d_h + d_R)
         q = torch.cat((q, q_rope), dim=-1) * scale  # (B, T, h, d_c + d_R)
-        mixed = grouped_attention(q, latent, latent)[..., : self.d_c]  # (B, T, h, d_c)
+        mixed = grouped_attention(q, latent, latent, padding)[..., : self.d_c]  # (B, T, h, d_c)
         return torch.einsum("bthc,hdc->bthd", mixed, self.v_up.weight.view(h, d_head, self.d_c))

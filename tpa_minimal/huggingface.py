@@ -18,15 +18,15 @@ import tempfile
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tpa_minimal import baselines, variants
-from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, assemble, rms_norm
+from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, rms_norm
 from tpa_minimal.variants import FixedHeadFactors, KeyValueOnly
 
 # ------------------------------------------------------------------------------------ MHA, MQA and GQA as TPA
@@ -113,10 +113,12 @@ class LlamaT6(T6):
         rope_scale: float = 1.0,
         in_float32: bool = True,
     ):
-        super().__init__(config, attention, norm=partial(llama_norm, eps=norm_eps, in_float32=in_float32))
+        super().__init__(config, attention)
+        self.norm = partial(llama_norm, eps=norm_eps, in_float32=in_float32)
         self.llama = dict(norm_eps=norm_eps, inv_freq=inv_freq, rope_scale=rope_scale, in_float32=in_float32)
         self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
         for block in self.blocks:
+            block.norm = self.norm
             block.attention.rope = _llama_rope(self.llama)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -124,19 +126,24 @@ class LlamaT6(T6):
         return self.output(hidden)
 
 
-def llama_rope(
-    positions: Tensor, dtype: torch.dtype, inv_freq: list[float], rope_scale: float, in_float32: bool
-) -> tuple[Tensor, Tensor]:
-    """RoPE's tables from the d_h/2 angles per position `inv_freq`, as transformers computes them: two (T, d_h/2)."""
-    wide = torch.float32 if in_float32 else torch.promote_types(dtype, torch.float32)
-    angles = positions.to(wide)[:, None] * torch.tensor(inv_freq, dtype=wide, device=positions.device)
-    wide = torch.promote_types(dtype, torch.float32)
-    return (angles.cos() * rope_scale).to(wide), (angles.sin() * rope_scale).to(wide)
+class LlamaRoPE(NamedTuple):
+    """RoPE with the d_h/2 angles per position `inv_freq`, as transformers computes it; used as `tpa.RoPE` is."""
+
+    inv_freq: tuple[float, ...]
+    rope_scale: float
+    in_float32: bool
+
+    def tables(self, start: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, each (T, d_h/2), for the tokens of x (B, T, ...), the first of which is at position `start`."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wide = torch.float32 if self.in_float32 else dtype
+        positions = torch.arange(start, start + x.shape[1], device=x.device, dtype=wide)
+        angles = positions[:, None] * torch.tensor(self.inv_freq, dtype=wide, device=x.device)
+        return (angles.cos() * self.rope_scale).to(dtype), (angles.sin() * self.rope_scale).to(dtype)
 
 
-def _llama_rope(extras: dict):
-    """`llama_rope` with the three of LlamaT6's extras that it takes, in the place of a layer's `rope`."""
-    return partial(llama_rope, **{name: extras[name] for name in ("inv_freq", "rope_scale", "in_float32")})
+def _llama_rope(extras: dict) -> LlamaRoPE:
+    return LlamaRoPE(tuple(extras["inv_freq"]), extras["rope_scale"], extras["in_float32"])
 
 
 def _llama_extras(model) -> dict:
@@ -253,7 +260,7 @@ class LlamaSelfAttention(nn.Module):
 
     def __init__(self, attention: TensorProductAttention, layer_idx: int):
         super().__init__()
-        if type(attention).attend is not TensorProductAttention.attend:
+        if not isinstance(attention, TensorProductAttention):
             raise ValueError(f"{type(attention).__name__} attends in a way of its own, to which no mask can be given")
         self.attention = attention
         self.layer_idx = layer_idx
@@ -269,17 +276,19 @@ class LlamaSelfAttention(nn.Module):
             k, v = (held[:, :, :end].transpose(1, 2) for held in past_key_values.update(*new, self.layer_idx))
             a_k, b_k = k.split((a_k.shape[-1], b_k.shape[-1]), dim=-1)
             a_v, b_v = v.split((a_v.shape[-1], b_v.shape[-1]), dim=-1)
-        factors = self.attention.restore(a_q, b_q, a_k, b_k, a_v, b_v, start)
-        if attention_mask is None:
-            out = self.attention.attend(*factors, start)
-        else:
+        padding = None
+        if attention_mask is not None:
             if attention_mask.ndim != 4:
                 raise ValueError(
                     f"attention_mask with {attention_mask.ndim} axes: needed is one of shape (B, 1, T, M); load the "
                     'model with attn_implementation="sdpa"'
                 )
-            q, k, v = (assemble(a, b).transpose(1, 2) for a, b in zip(factors[::2], factors[1::2]))
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask).transpose(1, 2)
+            end = start + hidden_states.shape[1]
+            a_k, b_k, a_v, b_v = (factor[:, :end] for factor in (a_k, b_k, a_v, b_v))
+            seen = attention_mask[:, 0, -1, :end]  # of the newest token
+            seen = seen if seen.dtype == torch.bool else seen == 0
+            padding = (~seen).sum(-1).expand(len(hidden_states))
+        out = self.attention.attend(a_q, b_q, a_k, b_k, a_v, b_v, start, padding)
         return self.attention.out_proj(out.flatten(2)), None
 
 
@@ -389,8 +398,7 @@ def _reduced(layer: FixedHeadFactors, x: Tensor, rank_k: int, rank_v: int, conte
             rows.append((a / rank @ per_head).view(-1, config.d_model))
     small.factor_proj.weight.copy_(torch.cat(rows))
     small.out_proj.weight.copy_(layer.out_proj.weight)
-    if "rope" in vars(layer):
-        small.rope = layer.rope
+    small.rope = layer.rope
     return small
 
 
@@ -512,8 +520,12 @@ def _as_built(model: T6) -> bool:
         parts = [(p.func, p.args, p.keywords) if isinstance(p, partial) else p for p in (f, g)]
         return parts[0] == parts[1]
 
+    def same_base(block):
+        return getattr(block.attention.rope, "base", None) == model.config.rope_base
+
     return same(model.norm, norm) and all(
-        same(block.norm, norm) and same(vars(block.attention).get("rope"), rope) for block in model.blocks
+        same(block.norm, norm) and (block.attention.rope == rope if rope else same_base(block))
+        for block in model.blocks
     )
 
 

@@ -1,24 +1,25 @@
 """Variants of tensor product attention, each a few lines on top of `tpa.py`.
 
-Give any of them to the trunk: `T6(config, attention=FixedHeadFactors)`. Symbols and shapes are those of `tpa.py`.
-A variant says three things: how wide the factors are that each token brings (`factor_widths`; these are what is
-projected and cached, so 0 where a factor is a constant), which of them RoPE turns (`factors`), and how all six are
-had again from them just before attention (`restore`).
+Give any of them to the backbone: `T6(config, attention=FixedHeadFactors)`. Symbols and shapes are those of `tpa.py`.
+A variant says up to three things: how wide the factors are that each token brings (`factor_widths`; these are what is
+projected and cached, so 0 where a factor is a constant), which of them RoPE rotates (`factors`), and how attention
+reconstructs all six from them (`attend`).
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tpa_minimal.tpa import (
+    RoPE,
     T6Config,
     TensorProductAttention,
     apply_rope,
     assemble,
     causal_attention,
     factor_bound,
-    rope_tables,
 )
 
 
@@ -49,11 +50,11 @@ class KeyValueOnly(TensorProductAttention):
         """Nothing of a_q."""
         return (0, *super().factor_widths()[1:])
 
-    def restore(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> tuple[Tensor, ...]:
-        """h · I in the place of the empty a_q."""
+    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int, padding=None) -> Tensor:
+        """With h · I in the place of the empty a_q."""
         h = self.config.n_head
         a_q = _at_every_position(h * torch.eye(h, device=b_q.device), b_q)
-        return a_q, b_q, a_k, b_k, a_v, b_v
+        return super().attend(a_q, b_q, a_k, b_k, a_v, b_v, start, padding)
 
 
 class FixedHeadFactors(TensorProductAttention):
@@ -74,17 +75,17 @@ class FixedHeadFactors(TensorProductAttention):
         """Nothing of a_q, a_k and a_v."""
         return (0, self.config.d_head) * 3
 
-    def restore(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> tuple[Tensor, ...]:
-        """The constants in the place of the empty head factors."""
+    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int, padding=None) -> Tensor:
+        """With the constants in the place of the empty head factors."""
         a_q = _at_every_position(self.a_q, b_q)
         a_k, a_v = _at_every_position(self.a_k, b_k), _at_every_position(self.a_v, b_v)
-        return a_q, b_q, a_k, b_k, a_v, b_v
+        return super().attend(a_q, b_q, a_k, b_k, a_v, b_v, start, padding)
 
 
 class FixedFeatureFactors(TensorProductAttention):
     """TPA with non-contextual B: the feature factors are learned constants b_q, b_k, b_v (R, d_h) (App. G).
 
-    A constant b_k still turns with its position, so it is rotated anew to all M positions in each call; that takes
+    A constant b_k still has to be rotated to its position, anew for all M positions in each call; that takes
     room for R_K · M · d_h numbers, once for the batch. Cache: (R_K + R_V) h numbers per token, a_k and a_v alone.
     Parameters: (R_Q + R_K + R_V)(d_model · h + d_h) + d_model · h · d_h.
     """
@@ -99,24 +100,25 @@ class FixedFeatureFactors(TensorProductAttention):
         """Nothing of b_q, b_k and b_v."""
         return (self.config.n_head, 0) * 3
 
-    def factors(self, x: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+    def factors(self, x: Tensor, start: int = 0, rope=None) -> tuple[Tensor, ...]:
         """Six tensors (B, T, R, h) or, of the constants, (B, T, R, 0)."""
         return tuple(self.project(x))
 
-    def restore(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> tuple[Tensor, ...]:
-        """The constants, b_q and b_k rotated, in the place of the empty feature factors."""
-        T, M = a_q.shape[1], a_k.shape[1]
-        cos, sin = self.rope(torch.arange(M, device=a_q.device), a_q.dtype)
+    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int, padding=None) -> Tensor:
+        """With the constants, b_q and b_k rotated, in the place of the empty feature factors."""
+        T = a_q.shape[1]
+        cos, sin = self.rope.tables(0, a_k.to(a_q.dtype))
         b_q = apply_rope(_at_every_position(self.b_q, a_q[:1]), cos[start : start + T], sin[start : start + T])
         b_k = apply_rope(_at_every_position(self.b_k, a_k[:1]), cos, sin)
         b_q, b_k = (b.expand(len(a_q), -1, -1, -1) for b in (b_q, b_k))
-        return a_q, b_q, a_k, b_k, a_v, _at_every_position(self.b_v, a_v)
+        b_v = _at_every_position(self.b_v, a_v)
+        return super().attend(a_q, b_q, a_k, b_k, a_v, b_v, start, padding)
 
 
 class SharedFeatureFactors(TensorProductAttention):
     """TPA whose keys and values share their feature factors, b_k = b_v = b (App. G).
 
-    Values must not be rotated, so b is cached once, as it is, and turned into b_k for all M positions in each call.
+    Values must not be rotated, so b is cached once, as it is, and rotated to b_k at all M positions in each call.
     Cache: R (2h + d_h) numbers per token, with R = R_K = R_V; a ValueError says so if these differ.
     Parameters: d_model (R_Q (h + d_h) + R (2h + d_h)) + d_model · h · d_h.
     """
@@ -134,17 +136,15 @@ class SharedFeatureFactors(TensorProductAttention):
         h, d_head = self.config.n_head, self.config.d_head
         return h, d_head, h, 0, h, d_head
 
-    def factors(self, x: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+    def factors(self, x: Tensor, start: int = 0, rope=None) -> tuple[Tensor, ...]:
         """As in TensorProductAttention, but b_k is empty, (B, T, R, 0): it is b_v, rotated."""
         a_q, b_q, *others = self.project(x)
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
-        return a_q, apply_rope(b_q, *self.rope(positions, x.dtype)), *others
+        return a_q, apply_rope(b_q, *(rope or self.rope.tables(start, x))), *others
 
-    def restore(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> tuple[Tensor, ...]:
-        """b_k made from b_v, rotated."""
-        positions = torch.arange(b_v.shape[1], device=b_v.device)
-        b_k = apply_rope(b_v, *self.rope(positions, b_v.dtype))
-        return a_q, b_q, a_k, b_k, a_v, b_v
+    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int, padding=None) -> Tensor:
+        """With b_k made from b_v, rotated."""
+        b_k = apply_rope(b_v, *self.rope.tables(0, b_v))
+        return super().attend(a_q, b_q, a_k, b_k, a_v, b_v, start, padding)
 
 
 class SigmoidHeadFactors(TensorProductAttention):
@@ -189,6 +189,7 @@ class ThirdOrderFactors(TensorProductAttention):
             )
         self.d_b, self.d_c = d_b, config.d_head // d_b  # before the projection, which needs their sum
         super().__init__(config)
+        self.rope = RoPE(d_b, config.rope_base)  # rotates b; c stays as it is
 
     def factor_widths(self) -> tuple[int, ...]:
         """b and c side by side in the place of a feature factor."""
@@ -203,15 +204,10 @@ class ThirdOrderFactors(TensorProductAttention):
                 bound = factor_bound(self.config, *part.shape[:2], is_head_factor=False)
                 part.uniform_(-bound, bound)
 
-    def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tables that turn the d_b features of b; c stays as it is."""
-        wide = torch.promote_types(dtype, torch.float32)
-        return rope_tables(positions, self.d_b, self.config.rope_base, wide)
-
-    def factors(self, x: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+    def factors(self, x: Tensor, start: int = 0, rope=None) -> tuple[Tensor, ...]:
         """As in TensorProductAttention, but feature factors are b and c side by side, (B, T, R, d_b + d_c)."""
         a_q, bc_q, a_k, bc_k, a_v, bc_v = self.project(x)
-        tables = self.rope(torch.arange(start, start + x.shape[1], device=x.device), x.dtype)
+        tables = rope or self.rope.tables(start, x)
 
         def rotate(bc):
             b, c = bc.split((self.d_b, self.d_c), dim=-1)
@@ -219,9 +215,9 @@ class ThirdOrderFactors(TensorProductAttention):
 
         return a_q, rotate(bc_q), a_k, rotate(bc_k), a_v, bc_v
 
-    def restore(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> tuple[Tensor, ...]:
-        """vec(b ⊗ c) as feature factors."""
-        return a_q, self.vec(b_q), a_k, self.vec(b_k), a_v, self.vec(b_v)
+    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int, padding=None) -> Tensor:
+        """With vec(b ⊗ c) as feature factors."""
+        return super().attend(a_q, self.vec(b_q), a_k, self.vec(b_k), a_v, self.vec(b_v), start, padding)
 
     def vec(self, bc: Tensor) -> Tensor:
         """vec(b ⊗ c): (B, T, R, d_b + d_c) -> (B, T, R, d_h)."""
@@ -236,17 +232,31 @@ class RotateAssembled(TensorProductAttention):
     Cache and parameters: as TPA.
     """
 
-    def factors(self, x: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+    def factors(self, x: Tensor, start: int = 0, rope=None) -> tuple[Tensor, ...]:
         """Six tensors (B, T, R, h) or (B, T, R, d_h), none of them rotated."""
         return tuple(self.project(x))
 
-    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> Tensor:
+    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int, padding=None) -> Tensor:
         """Assemble, rotate, attend: (B, T, h, d_h)."""
-        T, M = b_q.shape[1], b_k.shape[1]
-        cos, sin = self.rope(torch.arange(M, device=b_q.device), b_q.dtype)
+        T = b_q.shape[1]
+        cos, sin = self.rope.tables(0, b_k.to(b_q.dtype))
         q = apply_rope(assemble(a_q, b_q), cos[start : start + T], sin[start : start + T])
         k, v = apply_rope(assemble(a_k, b_k), cos, sin), assemble(a_v, b_v)
-        return causal_attention(q, k.to(q.dtype), v.to(q.dtype))
+        return causal_attention(q, k.to(q.dtype), v.to(q.dtype), padding)
+
+
+class RotatePart(NamedTuple):
+    """The rotation of PartialRoPE, used as `tpa.RoPE` is."""
+
+    d_head: int
+    base: float
+    rotary_dim: int
+
+    def tables(self, start: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As RoPE's, (T, d_h/2), but the last columns stand for the angle 0."""
+        cos, sin = RoPE(self.rotary_dim, self.base).tables(start, x)
+        still = (0, (self.d_head - self.rotary_dim) // 2)  # columns to add at the end
+        return nn.functional.pad(cos, still, value=1.0), nn.functional.pad(sin, still)
 
 
 class PartialRoPE(TensorProductAttention):
@@ -262,10 +272,4 @@ class PartialRoPE(TensorProductAttention):
         self.rotary_dim = config.d_head // 6 * 2 if rotary_dim is None else rotary_dim
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= config.d_head:
             raise ValueError(f"rotary_dim={rotary_dim}: must be even and from 0 to d_head={config.d_head}")
-
-    def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tables whose last columns stand for the angle 0."""
-        wide = torch.promote_types(dtype, torch.float32)
-        cos, sin = rope_tables(positions, self.rotary_dim, self.config.rope_base, wide)
-        still = (0, (self.config.d_head - self.rotary_dim) // 2)  # columns to add at the end
-        return nn.functional.pad(cos, still, value=1.0), nn.functional.pad(sin, still)
+        self.rope = RotatePart(config.d_head, config.rope_base, self.rotary_dim)

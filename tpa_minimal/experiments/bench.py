@@ -220,7 +220,7 @@ def fill(layer: nn.Module, cache, M: int) -> tuple[Tensor, ...]:
     held = None
     for first in range(0, M, 4096):
         T = min(4096, M - first)
-        places = [view for view in cache._views(first, first + T) if view.shape[-1]]
+        places = [view for view in cache.view(first, first + T) if view.shape[-1]]
         held = cache.append(*(torch.randn(place.shape, device=place.device).to(place.dtype) for place in places))
     return held if isinstance(held, tuple) else (held,)
 
