@@ -72,10 +72,9 @@ def per_token_bars(layers: dict[str, Layer], title: str = "Numbers cached per to
     """One bar per mechanism: the numbers that a layer caches for each token, written at the bar's end."""
     fig, ax = plt.subplots(figsize=(7.5, 0.6 + 0.42 * len(layers)))
     numbers = [layer.cached_numbers for layer in layers.values()]
-    colours = [COLOURS[0] if layer.mechanism.startswith("tpa") else "0.75" for layer in layers.values()]
-    bars = ax.barh(list(layers), numbers, color=colours, edgecolor="black", linewidth=0.6)
-    for bar, layer in zip(bars, layers.values()):
-        bar.set_hatch("//" if layer.mechanism.startswith("tpa") else "")
+    bars = ax.barh(list(layers), numbers, edgecolor="white", linewidth=0)
+    for bar, look in zip(bars, looks_of(list(layers.values()))):
+        bar.set(facecolor=look.colour, hatch=look.hatch)
     ax.bar_label(bars, [f"{n:,}" for n in numbers], padding=4)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
@@ -146,7 +145,7 @@ def largest_context_by_memory(
         x = np.arange(len(GPUS)) + (i - (len(shown) - 1) / 2) * width
         most = [version.largest_context(size * GB, batch_size, dtype, weight_dtype) for size in GPUS]
         shown = [min(context, 2**24) for context in most]  # an unbounded one is drawn as 16M and labelled
-        ax.bar(x, shown, width, label=label, color=colour, hatch=hatch, edgecolor="black", linewidth=0.6)
+        ax.bar(x, shown, width, label=label, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
         for position, context in zip(x, most):
             ax.annotate(tokens_text(context), (position, max(context, 1024)), (0, 2), textcoords="offset points",
                         ha="center", fontsize=8)  # fmt: skip
