@@ -30,16 +30,40 @@ DIRECTIVE = re.compile(r"^# \{\{tpa: (.+)\}\}$", re.MULTILINE)
 INSTALLED_FROM = re.compile(r"git\+(https://[^\s\"]+)")
 
 SETUP = """\
-import importlib.util
+import importlib
+import pathlib
+import subprocess
 import sys
+from importlib.util import find_spec
 
-if "google.colab" in sys.modules and importlib.util.find_spec("tpa_minimal") is None:
-    %pip install -q "tpa-minimal @ git+{repository}"  # keeps Colab's own torch and numpy
+NEEDED = ["tpa_minimal", "matplotlib", "ipywidgets", "datasets", "tiktoken"]
+here = pathlib.Path.cwd()
+places = [here, pathlib.Path("/content"), pathlib.Path("/content/drive/MyDrive")]
+wheels = [str(wheel) for place in places for wheel in place.glob("tpa_minimal-*.whl")]
+clones = [str(place) for place in here.parents if (place / "tpa_minimal" / "tpa.py").exists()]
+if find_spec("tpa_minimal") is None and not wheels:
+    sys.path += clones[:1]
+if not all(map(find_spec, NEEDED)):  # pip keeps the torch and numpy that are there
+    source = [*wheels, *clones, "git+{repository}@v{version}"][0]
+    package = f"{{source}}[course,experiments]" if wheels or clones else (
+        f"tpa-minimal[course,experiments] @ {{source}}")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], capture_output=True)
+    importlib.invalidate_caches()
+if not all(map(find_spec, NEEDED)):
+    class Missing(Exception):
+        def _render_traceback_(self):
+            return [str(self)]
+
+    raise Missing("The course's package is not installed: go online and run this cell again, put its "
+                  "wheel beside this notebook, or open the notebook from a clone of {repository}.")
 
 import torch
-
+"""
+DEVICE = """
 device = "cuda" if torch.cuda.is_available() else "cpu"
 print(f"Running on {{device}}. The code of this notebook takes at most {seconds} s on two CPU cores.")"""
+NO_DEVICE = """
+print("The code of this notebook takes at most {seconds} s on two CPU cores.")"""
 
 
 def sources() -> list[Path]:
@@ -56,6 +80,19 @@ def repository() -> str:
     """The repository's public address; pyproject.toml is the only place that states it."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     return re.search(r'^Repository = "(.+)"$', text, re.MULTILINE)[1]
+
+
+def version() -> str:
+    """The package's version, as pyproject.toml states it."""
+    return re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
+def badge(path: str) -> str:
+    """A link that opens the notebook in Colab; empty where the repository is not on GitHub, which Colab needs."""
+    if not repository().startswith("https://github.com/"):
+        return ""
+    colab = repository().replace("https://github.com", "https://colab.research.google.com/github")
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}/blob/main/{path})"
 
 
 def definitions() -> dict[str, str]:
@@ -80,19 +117,20 @@ def compose(source: Path, solved: bool) -> nbformat.NotebookNode:
     if not seconds:
         raise SystemExit(f"{source.name}: the title cell must say 'the code runs in at most N s on two CPU cores'")
     path = target(source, solved).relative_to(ROOT).as_posix()
-    badge = (
-        "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-        f"({repository().replace('https://github.com', 'https://colab.research.google.com/github')}/blob/main/{path})"
-    )
+    uses_device = any(re.search(r"\bdevice\b", cell.source) for cell in cells[2:] if cell.cell_type == "code")
     for number, cell in enumerate(cells):
         tags = cell.metadata.get("tags", [])
         if number == 0:
-            cell.source = cell.source.replace("{badge}", badge)
+            cell.source = cell.source.replace("{badge}", badge(path))
         if "setup" in tags:
-            cell.source = SETUP.format(repository=repository(), seconds=seconds[1])
+            text = SETUP + (DEVICE if uses_device else NO_DEVICE)
+            cell.source = text.format(repository=repository(), version=version(), seconds=seconds[1])
         if "tpa" in tags:
             cell.source = DIRECTIVE.sub(lambda m: "\n\n\n".join(known[name] for name in m[1].split()), cell.source)
         kept = {key: cell.metadata[key] for key in ("tags", "claim") if key in cell.metadata}
+        if {"hide-input", "setup"} & set(tags):  # JupyterLab folds the code; jupyter-book reads the tag
+            kept["tags"] = sorted({*tags, "hide-input"})
+            kept["jupyter"] = {"source_hidden": True}
         cell.metadata = nbformat.from_dict(kept)
         cell.id = f"cell-{number:03d}"
     notebook.cells = cells

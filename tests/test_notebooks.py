@@ -16,7 +16,7 @@ NOTEBOOKS = ROOT / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
 import build  # noqa: E402
 
-TAGS = {"setup", "tpa", "exercise", "solution", "nbval-check-output"}
+TAGS = {"hide-input", "setup", "tpa", "exercise", "solution", "nbval-check-output"}
 SOURCES = build.sources()
 BUILT = [(source, solved) for source in SOURCES for solved in (False, True)]
 each_built = pytest.mark.parametrize("source, solved", BUILT, ids=lambda v: v.stem if isinstance(v, Path) else str(v))
@@ -114,7 +114,7 @@ def test_shape_of_a_notebook(source):
     outcomes = title.split("**You will be able to**")[1].split("**You need**")[0]
     assert 3 <= outcomes.count("\n- ") <= 5
     assert "minutes to read and do" in title and 1 <= int(build.BUDGET.search(title)[1]) <= 60
-    assert notebook.cells[1].metadata.tags == ["setup"]
+    assert "setup" in notebook.cells[1].metadata.tags
     lengths = [
         len(cell.source.splitlines()) for cell in code_cells(notebook)[1:] if "tpa" not in cell.metadata.get("tags", [])
     ]
@@ -148,6 +148,55 @@ def test_the_repository_address_is_the_one_of_pyproject(source, solved):
     path = build.target(source, solved).relative_to(ROOT).as_posix()
     assert f"https://colab.research.google.com/github/{owner_and_name}/blob/main/{path})" in title.source
     assert f"git+{build.repository()}" in setup.source
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Run a notebook's set-up cell as somebody would who has torch alone, in a folder; pip is only told what to do."""
+
+    def run(folder, installs=False):
+        setup = read(SOURCES[0]).cells[1].source
+        script = f"""
+import importlib.util, json, subprocess, sys
+hidden = {{"tpa_minimal", "matplotlib", "ipywidgets", "datasets", "tiktoken"}}
+real, told = importlib.util.find_spec, []
+def find_spec(name):
+    if name in hidden and not (name == "tpa_minimal" and {str(ROOT)!r} in sys.path):
+        return None
+    return object()
+def run(command, **_):
+    told.append(command[-1])
+    hidden.clear() if {installs} else None
+importlib.util.find_spec, subprocess.run = find_spec, run
+sys.path[:] = [entry for entry in sys.path if entry != {str(ROOT)!r}]
+try:
+    exec(compile({setup!r}, "setup", "exec"))
+except Exception as error:
+    print(json.dumps(["".join(error._render_traceback_()), told]))
+else:
+    print(json.dumps([None, told]))
+"""
+        done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+def test_the_setup_cell_works_wherever_a_notebook_is_opened(opened, tmp_path):
+    said, told = opened(tmp_path)
+    assert said.count("\n") == 0 and all(remedy in said for remedy in ("online", "wheel", "clone"))
+    assert told == [f"tpa-minimal[course,experiments] @ git+{build.repository()}@v{build.version()}"]
+    assert opened(tmp_path, installs=True) == [None, told]
+    said, told = opened(NOTEBOOKS)  # in a clone: what else is missing comes from the clone's own list
+    assert said and told == [f"{ROOT}[course,experiments]"]
+    wheel = tmp_path / "tpa_minimal-0.1.0-py3-none-any.whl"
+    wheel.touch()
+    assert opened(tmp_path, installs=True) == [None, [f"{wheel}[course,experiments]"]]
+
+
+def test_an_address_that_is_not_on_github_gets_no_colab_badge(monkeypatch):
+    monkeypatch.setattr(build, "repository", lambda: "https://example.org/owner/name")
+    assert build.badge("notebooks/00_start_here.ipynb") == ""
 
 
 def test_the_readme_names_the_same_address():

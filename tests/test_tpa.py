@@ -517,15 +517,16 @@ def test_a_half_precision_cache_is_summed_in_float32(tpa, dtype):
     )
 
 
-@pytest.mark.parametrize("B, T, start", [(1, 5, 0), (3, 4, 9), (2, 1, 13)])
+@pytest.mark.parametrize("B, T, start", [(4, 5, 0), (3, 4, 9), (2, 1, 13)])
 def test_padding_is_seen_by_nobody(tpa, B, T, start):
     """A left-padded row gives what its text gives alone, in factor space and assembled, in any blocks."""
     M = start + T
     factors = random_factors(B, T, M, 3, 8, (3, 2, 4))
-    padding = torch.randint(0, start + 1, (B,))
+    padding = torch.arange(B) if start == 0 else torch.randint(0, start + 1, (B,))
     q, k, v = (tpa.assemble(a, b) for a, b in zip(factors[::2], factors[1::2]))
     outs = [tpa.factor_attention(*factors, start=start, block_size=n, padding=padding) for n in (1, 3, 1000)]
     for out in (*outs, tpa.causal_attention(q, k, v, padding)):
+        assert out.isfinite().all()  # of the padding's own rows too
         for i, first in enumerate(padding.tolist()):
             row = [x[i : i + 1, first:] if x.shape[1] == M else x[i : i + 1] for x in factors]
             row[:2] = [x[i : i + 1] for x in factors[:2]]
@@ -625,7 +626,23 @@ def test_a_tiny_temperature_is_greedy(tpa):
     model = random_model(tpa, some_config(tpa))
     tokens = torch.randint(31, (2, 4))
     greedy = model.generate(tokens, 9, temperature=0)
-    assert torch.equal(model.generate(tokens, 9, temperature=1e-38), greedy)
+    try:
+        sampled = model.generate(tokens, 9, temperature=1e-40)
+    except RuntimeError as error:
+        pytest.fail(f"no probabilities to draw from: {error}")
+    assert torch.equal(sampled, greedy)
+
+
+def test_each_step_of_generate_reads_one_token(tpa):
+    model = random_model(tpa, some_config(tpa))
+    hidden, lengths = model.hidden, iter([4, 1, 1, 1])
+
+    def watched(tokens, *others):
+        assert tokens.shape[1] == next(lengths)
+        return hidden(tokens, *others)
+
+    model.hidden = watched
+    model.generate(torch.randint(31, (2, 4)), 4)
 
 
 def test_generate_with_and_without_a_cache_gives_the_same_tokens(tpa):
