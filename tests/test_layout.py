@@ -20,6 +20,8 @@ MODULE = {
 }
 LABORATORY = [
     "lessons",
+    "sources",
+    "shards",
     "data",
     "checkpoint",
     "train",

@@ -10,7 +10,6 @@ lessons, never to both: predicting a held-out answer takes reading the lesson, n
 
 import base64
 import itertools
-import os
 import random
 import re
 import sys
@@ -18,9 +17,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tpa_minimal import files
+
 VERSION = 1  # part of the key of every cached shard: raise it whenever a seed gives other texts
 HELD_OUT_ONE_IN = 16  # lessons, names and pairs of numbers
 TOKENIZER_FILE = Path(__file__).with_name("lessons.tiktoken")
+END_OF_TEXT = "<|endoftext|>"
 N_VOCAB = 1024  # 256 bytes, 767 merges, <|endoftext|>
 
 # A word with the space before it, one digit, punctuation, or white space. One digit at a time, since a model that
@@ -396,9 +398,8 @@ def train_tokenizer(n_merges: int = N_VOCAB - 257, n_documents: int = 4000, n_wo
 def write_tokenizer(path: Path = TOKENIZER_FILE) -> None:
     """Train the tokenizer and write it in tiktoken's own format: each line a token in base64 and its rank."""
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(train_tokenizer()))
-    temporary = path.with_suffix(".part")
-    temporary.write_text("".join(lines), encoding="ascii", newline="\n")
-    os.replace(temporary, path)
+    content = "".join(lines).encode("ascii")
+    files.write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
 if __name__ == "__main__":
