@@ -167,7 +167,7 @@ torch.testing.assert_close(merged, whole, rtol=1e-12, atol=1e-12)
 
 # %%
 @triton.jit
-def logits_kernel(q, a_k, b_k, out, M, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def scores_kernel(q, a_k, b_k, out, M, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # which rows of the cache are mine?
     heads, features = tl.arange(0, H), tl.arange(0, D)
     seen = (positions < M)[:, None]  # the last tile may stick out of the cache
@@ -188,7 +188,7 @@ def logits_kernel(q, a_k, b_k, out, M, H: tl.constexpr, D: tl.constexpr, BLOCK: 
 M = 100
 q, a_k, b_k = (torch.randn(rows, width, device=device) for rows, width in ((h, d_h), (M, h), (M, d_h)))
 out = torch.full((M + 32, h), math.nan, device=device)  # with room for a tile that does not stop in time
-logits_kernel[triton.cdiv(M, 32),](q, a_k, b_k, out, M, H=h, D=d_h, BLOCK=32)
+scores_kernel[triton.cdiv(M, 32),](q, a_k, b_k, out, M, H=h, D=d_h, BLOCK=32)
 torch.testing.assert_close(out[:M], (b_k @ q.T) * a_k, rtol=1e-4, atol=1e-4)
 assert out[M:].isnan().all()
 print("programs:", triton.cdiv(M, 32), "· positions in the last one:", M - 32 * (M // 32))
@@ -204,7 +204,7 @@ print("programs:", triton.cdiv(M, 32), "· positions in the last one:", M - 32 *
 
 # %%
 @triton.jit
-def stretch_kernel(
+def split_kernel(
     q, a_k, b_k, a_v, b_v, m_out, s_out, y_out, M, stretch,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -245,7 +245,7 @@ q = assemble(*factors[:2])[0, 0] * (math.log2(math.e) / math.sqrt(d_h))
 m, s = torch.empty(2, count, h, device=device)
 y = torch.empty(count, h, d_h, device=device)
 held = [factor.contiguous() for factor in factors[2:]]
-stretch_kernel[count,](q.contiguous(), *held, m, s, y, M, 250, H=h, D=d_h, BLOCK=32)
+split_kernel[count,](q.contiguous(), *held, m, s, y, M, 250, H=h, D=d_h, BLOCK=32)
 
 # %% [markdown]
 # Four stretches of 250 positions, none of them a whole number of blocks. The merge is that of section 2:
