@@ -1,6 +1,7 @@
 """The way from documents to batches, against the loopback hub and the genuine vocabulary where those are at hand."""
 
 import functools
+import hashlib
 import http.server
 import importlib.util
 import itertools
@@ -310,6 +311,142 @@ def test_a_damaged_shard_is_refused_with_the_remedy(cache, name, spoil, message)
     with pytest.raises(data.DataError, match=message) as error:
         data.prepare("lessons", 5_000, progress=False)
     assert f"delete the folder {found.folder}" in str(error.value) and "\n" not in str(error.value)
+
+
+def rewrite(folder: Path, **changes) -> None:
+    """Change the sidecar; a change of "request" is one within it."""
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["request"] |= changes.pop("request", {})
+    (folder / "meta.json").write_text(json.dumps(meta | changes))
+
+
+def spoil_a_token(folder: Path) -> None:
+    """A token beyond the vocabulary, with a sum to match."""
+    ids = np.fromfile(folder / "val.bin", dtype=np.uint16)
+    ids[0] = 60_000
+    ids.tofile(folder / "val.bin")
+    meta = json.loads((folder / "meta.json").read_text())
+    rewrite(folder, sha256=meta["sha256"] | {"val": hashlib.sha256(ids).hexdigest()})
+
+
+def empty_the_validation_split(folder: Path) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "val.bin").write_bytes(b"")
+    none = {"val": 0}, hashlib.sha256(b"").hexdigest()
+    rewrite(folder, tokens=meta["tokens"] | none[0], documents=meta["documents"] | none[0], sha256=meta["sha256"])
+
+
+@pytest.mark.parametrize(
+    "lie, message",
+    [
+        (lambda folder: rewrite(folder, vocab_size=64), "vocab_size 64 is not that of the tokenizer lessons"),
+        (lambda folder: rewrite(folder, vocab_size=2**40), "vocab_size 1099511627776 is not that of"),
+        (lambda folder: rewrite(folder, vocab_size=[]), r"vocab_size \[\] is not that of"),
+        (lambda folder: rewrite(folder, tokenizer="gpt2"), "it contradicts itself"),
+        (lambda folder: rewrite(folder, tokenizer="x", request={"tokenizer": "x"}), "it contradicts itself"),
+        (lambda folder: rewrite(folder, source=5), "it contradicts itself"),
+        (lambda folder: rewrite(folder, tokens={"train": True, "val": 1}), "where True tokens were written"),
+        (lambda folder: rewrite(folder, tokens={"train": 10**30, "val": 1}), "where 1000000000000000"),
+        (lambda folder: rewrite(folder, documents={"train": 1, "val": 1}), "not hold documents of the tokenizer"),
+        (lambda folder: rewrite(folder, sha256={"train": 5, "val": 5}), "has SHA-256 .* where 5… was written"),
+        (lambda folder: rewrite(folder, request={"seed": 3}), "is of another request"),
+        (lambda folder: (folder / "meta.json").write_text('{"tokens":' * 100_000), "meta.json cannot be read"),
+        (lambda folder: (folder / "meta.json").write_bytes(b"\xff\xfe{"), "meta.json cannot be read"),
+        (spoil_a_token, "val.bin does not hold documents of the tokenizer lessons"),
+        (empty_the_validation_split, "val.bin holds 0 bytes where 0 tokens were written"),
+    ],
+)
+def test_a_sidecar_that_lies_is_refused(cache, lie, message):
+    found = data.prepare("lessons", 5_000, progress=False)
+    lie(found.folder)
+    with pytest.raises(data.DataError, match=message) as error:
+        data.prepare("lessons", 5_000, progress=False)
+    assert "delete the folder" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_shards_of_another_tokenizer_are_refused(cache, gpt2):
+    """A sidecar that consistently calls the lessons' tokens gpt2's."""
+    found = data.prepare("lessons", 5_000, progress=False)
+    if data._gpt2_cached():
+        rewrite(found.folder, tokenizer="gpt2", vocab_size=50304, request={"tokenizer": "gpt2"})
+        with pytest.raises(data.DataError, match="does not hold documents of the tokenizer gpt2"):
+            data.load(found.folder)
+
+
+def test_without_a_home_folder_the_remedy_is_said(monkeypatch):
+    monkeypatch.delenv("TPA_CACHE")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does where no home is known
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: "~/.cache/tpa-minimal")
+    with pytest.raises(data.DataError, match="there is no home folder; set TPA_CACHE to a folder"):
+        data.prepare("lessons", 5_000, progress=False)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("TPA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(data.DataError, match="^writing .* failed: .*; make room, or set TPA_CACHE elsewhere$"):
+        data.prepare("lessons", 5_000, progress=False)
+
+
+def test_the_usual_cache_is_the_system_s(monkeypatch):
+    import platformdirs
+
+    monkeypatch.delenv("TPA_CACHE")
+    assert data.cache_folder() == Path(platformdirs.user_cache_dir("tpa-minimal", appauthor=False))
+    monkeypatch.setenv("TPA_CACHE", "~/mine")
+    assert data.cache_folder() == Path.home() / "mine"
+
+
+@needs_gpt2
+def test_auto_goes_on_with_the_lessons_where_the_vocabulary_cannot_be_kept(hub, tmp_path, monkeypatch, capsys):
+    import tiktoken
+
+    def refuse(name):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "closed"))
+
+    hub()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "closed"))
+    reach = sources.unreachable
+    monkeypatch.setattr(
+        sources, "unreachable", lambda address, seconds: None if "openai" in address else reach(address, seconds)
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+    data.load_tokenizer.cache_clear()
+    assert data.prepare("auto", 5_000, progress=False).source == "lessons"
+    line = "not FineWeb-Edu, since the gpt2 tokenizer is unavailable: [Errno 13] Permission denied"
+    assert line in capsys.readouterr().out
+    with pytest.raises(data.DataError, match="gpt2 tokenizer is unavailable: .*Permission denied.*TIKTOKEN_CACHE_DIR"):
+        data.load_tokenizer("gpt2")
+
+
+@needs_gpt2
+def test_a_vocabulary_that_is_cut_short_counts_as_none(tmp_path, monkeypatch):
+    for file in VOCABULARY.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    assert data._gpt2_cached()
+    (tmp_path / file.name).write_bytes(b"cut short")
+    assert not data._gpt2_cached()
+
+
+@pytest.mark.parametrize("name", ["lessons", pytest.param("gpt2", marks=needs_gpt2)])
+def test_spaces_and_runs_of_one_letter_are_encoded(tmp_path, gpt2, name):
+    odd = ["a" + " " * 1_100_000 + "b", "x" * 400_000, "\n" * 200_000 + "end", " " * 1_100_000, "a few words " * 9]
+    started = time.monotonic()
+    found = data.prepare(write(tmp_path, "odd.jsonl", odd), 10**7, tokenizer=name, progress=False)
+    assert time.monotonic() - started < 50
+    text = found.tokenizer.decode(found.train.tolist()) + found.tokenizer.decode(found.val.tolist())
+    assert text.count("x") >= 400_000 and text.count("a few words") == 9
+
+
+def test_printing_never_fails(monkeypatch):
+    import io
+
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="iso-8859-2"))
+    sources.say("one ± and caf\udce9")
+    assert raw.getvalue() == b"data: one \\xb1 and caf\\udce9\n"
+    assert str(data.DataError("caf\udce9")) == "caf\\udce9"
 
 
 def test_builders_of_the_same_thing_do_not_disturb_each_other(cache):

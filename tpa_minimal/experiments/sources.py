@@ -29,7 +29,7 @@ SIMILAR_KINDS = re.compile(r"\.(parquet|jsonl|txt)\.(gz|bz2|xz|zst|lz4|zip|7z|ra
 POSITIONS = 2**48
 LONG, PIECE = 2**17, 2**15  # characters: a document that is longer than LONG becomes several of PIECE
 BLOCK = 2**20  # characters or bytes that are read at a time
-MOST_BYTES = 3 * 2**27  # of one line of JSON; parsed, it is in memory four times
+MOST_BYTES = 3 * 2**27  # of one text in a file; parsed, it is in memory four times
 PATIENCE, LONGEST_WAIT = 120.0, 3600.0  # seconds: for an answer of the network; for what may rightly take long
 
 Documents = Iterator[tuple[str, int, object]]
@@ -290,6 +290,11 @@ def _parquet_texts(path: Path) -> Iterator[str]:
         kind = opened.schema_arrow.field("text").type
         if str(getattr(kind, "value_type", kind)) not in ("string", "large_string", "string_view"):
             raise DataError(f"{path}: its column text holds {kind}, not text; write it as strings")
+        for group in map(opened.metadata.row_group, range(opened.num_row_groups)):
+            columns = map(group.column, range(group.num_columns))
+            size = sum(one.total_uncompressed_size for one in columns if one.path_in_schema == "text")
+            if size > MOST_BYTES * max(group.num_rows, 1):
+                raise DataError(f"{path} holds {size:,} bytes in {group.num_rows} texts; divide them")
         # One row at a time, in this thread: a few kilobytes can decode to gigabytes.
         for batch in opened.iter_batches(batch_size=1, columns=["text"], use_threads=False):
             for value in batch.column(0):
