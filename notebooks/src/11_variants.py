@@ -13,7 +13,7 @@
 #
 # **You will be able to**
 #
-# - describe any variant of TPA by three answers: what a token brings, what RoPE turns, what is made up again;
+# - describe any variant of TPA by three answers: what a token brings, what RoPE rotates, what attention reconstructs;
 # - derive what each variant caches, and read it off a real cache;
 # - say why a fixed feature factor leaves attention only a few curves of distance to work with;
 # - share one feature factor between keys and values without letting RoPE into the values;
@@ -33,11 +33,11 @@
 # others, put a nonlinearity on them, or factor the factors again. Each variant answers three questions:
 #
 # 1. **What does a token bring?** That is what is projected from it, and what a cache must keep of it.
-# 2. **Which of it does RoPE turn?** What is turned before caching never needs turning again.
-# 3. **What has to be made up again before attention?** All that is constant, shared or folded.
+# 2. **Which of it does RoPE rotate?** What is rotated before caching is never rotated again.
+# 3. **What does attention have to reconstruct?** All that is constant, shared or folded.
 #
 # In code these are three methods of `TensorProductAttention` that a variant replaces: `factor_widths` (how many numbers
-# of a row of each factor a token brings; 0 for none), `factors` and `restore`. `tpa_minimal/variants.py` holds them
+# of a row of each factor a token brings; 0 for none), `factors` and `attend`. `tpa_minimal/variants.py` holds them
 # all, a few lines each. Here is one, whole:
 
 # %%
@@ -132,7 +132,7 @@ print("with a constant coordinate: equal.  Without: largest difference", f"{(bas
 # ## Fixed B: a few curves of distance
 #
 # Now the other way round: each token brings only *which heads*, and the feature vectors $b_{q,r}$ and $b_{k,s}$ are
-# constants of the layer. They still turn with position, so their products depend on distance alone:
+# constants of the layer. They are still rotated to their positions, so their products depend on distance alone:
 #
 # $$ \langle b_{q,r}\,T_t,\; b_{k,s}\,T_m\rangle = b_{q,r}\,T_{t-m}\,b_{k,s}^\top =: \kappa_{rs}(t-m) . $$
 #
@@ -142,7 +142,7 @@ print("with a constant coordinate: equal.  Without: largest difference", f"{(bas
 # %% claim="app-g-fixed-b"
 layer = variants.FixedFeatureFactors(config)
 tables = rope_tables(torch.arange(64), config.d_head, config.rope_base, torch.float64)
-b_k = apply_rope(layer.b_k.detach().expand(1, 64, -1, -1), *tables)[0]  # (M, R_K, d_h): the constant, turned
+b_k = apply_rope(layer.b_k.detach().expand(1, 64, -1, -1), *tables)[0]  # (M, R_K, d_h)
 b_q = apply_rope(layer.b_q.detach()[None, None], tables[0][-1:], tables[1][-1:])[0, 0]  # (R_Q, d_h), at position 63
 curves = torch.einsum("re,mse->rsm", b_q, b_k).flip(-1)  # from position 63 backwards
 
@@ -152,14 +152,14 @@ for index, style in zip(((0, 0), (0, 1), (1, 0)), ("-", "--", ":")):
 ax.set(xlabel="distance from query back to key (positions)", ylabel="κ, product of features")
 ax.set_title("With fixed B, attention is a mixture of a few fixed curves of distance")
 fig.legend(loc="outside lower center", ncols=3)
-plt.show()
+looks.show(fig, "Three curves against distance, each an oscillation of its own that no token changes.")
 
 # %% [markdown]
 # Three of the eight curves. The tokens can scale them up and down per head, and that is all: "look for the token that
 # *means* this" has to be said through $R_K$ numbers per head. In the paper the small model falls from 46.21 to 43.66 on
 # average without contextual B, and to 45.03 without contextual A (zero-shot; single runs without error bars).
 #
-# What has to be made up again? $b_k$ itself is never cached, so it is turned to all $M$ positions in each call. That is
+# What has to be reconstructed? $b_k$ itself is never cached, so it is rotated to all $M$ positions in each call. That is
 # $R_K M d_h$ numbers of temporary memory, once for the whole batch, instead of as many cached ones per sequence.
 #
 # ## Shared B: keep RoPE out of the values
@@ -173,7 +173,7 @@ plt.show()
 def attend_shared(layer, x, first_position, rotate_values):
     positions = torch.arange(first_position, first_position + x.shape[1])
     a_q, b_q, a_k, _, a_v, b = layer.project(x)
-    cos, sin = layer.rope(positions, x.dtype)
+    cos, sin = rope_tables(positions, config.d_head, config.rope_base, x.dtype)
     b_q, b_k = apply_rope(b_q, cos, sin), apply_rope(b, cos, sin)
     return factor_attention(a_q, b_q, a_k, b_k, a_v, b_k if rotate_values else b, start=0)
 
@@ -189,7 +189,7 @@ for rotate_values in (False, True):
 # %% [markdown]
 # Rotated values make the output depend on where the text stands, which is just what RoPE was to avoid: the rotation of
 # a value meets no counter-rotation. (A widely read port of TPA makes this mistake with separate factors.) So `b` is
-# cached once, **unrotated**, and turned for the keys when it is used. The price is a rotation of $R M d_h$ numbers per
+# cached once, **unrotated**, and rotated for the keys when it is used. The price is a rotation of $R M d_h$ numbers per
 # call, against about $2 R M h d_h$ multiply–adds of attention in factor space: small when there are many heads.
 
 # %%
@@ -229,7 +229,7 @@ print("the 8 heads' shares of one feature vector:", [round(share, 2) for share i
 d_b, d_c, t = 4, 3, 7
 b, c = torch.randn(1, 1, 1, d_b), torch.randn(d_c)
 cos, sin = rope_tables(torch.tensor([t]), d_b, 100.0, torch.float64)
-R_t = apply_rope(torch.eye(d_b).view(1, 1, d_b, d_b), cos, sin)[0, 0]  # rows of I, turned: the matrix itself
+R_t = apply_rope(torch.eye(d_b).view(1, 1, d_b, d_b), cos, sin)[0, 0]  # the matrix itself
 
 rotated_b = torch.outer(apply_rope(b, cos, sin).flatten(), c).T.flatten()  # vec(b R_t ⊗ c)
 rotated_product = torch.outer(b.flatten(), c).T.flatten() @ torch.kron(torch.eye(d_c), R_t)
@@ -255,16 +255,16 @@ caches = after.new_cache(2), before.new_cache(2)
 for chunk in x.split([20, 1, 3], dim=1):
     assert_close(after(chunk, caches[0]), before(chunk, caches[1]))
 assert caches[0].nbytes == caches[1].nbytes
-print("same outputs, same bytes; but the keys of one cache are turned already:", end=" ")
-print(not torch.equal(caches[0]._b_k, caches[1]._b_k))
+b_k_after, b_k_before = (cache.view(0, 24)[1] for cache in caches)
+print("same outputs, same bytes; but one cache holds rotated keys:", not torch.equal(b_k_after, b_k_before))
 
 # %% [markdown]
-# *Partial RoPE* turns only some features and leaves the others free of position. With tables at hand it is a table
+# *Partial RoPE* rotates only some features and leaves the others free of position. With tables at hand it is a table
 # whose last columns stand for the angle 0:
 
 # %%
 partly = variants.PartialRoPE(config, rotary_dim=6)
-cos, sin = partly.rope(torch.tensor([0, 1, 2]), torch.float64)
+cos, sin = partly.rope.tables(0, torch.empty(1, 3))
 print("sines at position 2:", [round(s, 3) for s in sin[2].tolist()])
 
 # %% [markdown]
@@ -336,28 +336,29 @@ for rank in (1, 4):
     results[f"TPA, rank {rank}"] = bytes_and_loss(TensorProductAttention, rank_k=rank, rank_v=rank)
 
 # %%
+LOOK = {
+    "MHA": "mha", "MQA": "mqa", "KV-only": "tpa-kv-only", "fixed A": "tpa-fixed-a", "fixed B": "tpa-fixed-b",
+    "shared B": "tpa-shared-b", "sigmoid A": "tpa-sigmoid-a", "softmax A": "tpa-softmax-a",
+    "third order": "tpa-third-order", "partial RoPE": "tpa-partial-rope",
+}  # fmt: skip
 fig, ax = plt.subplots(figsize=(7.5, 4.4))
 losses = [loss for _, loss in seeds]
 ax.axhspan(min(losses), max(losses), color="0.85", label="TPA, three seeds")
 ranks = [results[name] for name in ("TPA, rank 1", "TPA", "TPA, rank 4")]
-ax.plot(*zip(*ranks), color="black", lw=1, label="TPA, ranks 1, 2, 4")
-previous = {}
-for name, (size, loss) in sorted(results.items(), key=lambda item: item[1][1]):
-    mark = "s" if name in ("MHA", "MQA") else "o"
-    ax.plot(size, loss, mark, color="black" if "TPA" in name else looks.COLOURS[1] if mark == "s" else looks.COLOURS[0])
-    height = max(loss, previous.get(size, -1) + 0.022)  # keep the labels of a column apart
-    previous[size] = height
-    ax.annotate(name, (size, height), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9)
-ax.set(xscale="log", xlim=(200, 4200), xlabel="cache (bytes per token, 2 layers, float32)")
+ax.plot(*zip(*ranks), **looks.of("tpa").line_style(), label="TPA, ranks 1, 2, 4")
+for name, mechanism in LOOK.items():
+    look = looks.of(mechanism)
+    ax.plot(*results[name], look.marker, color=look.colour, markersize=8, label=name)
+ax.set(xscale="log", xlim=(200, 2600), xlabel="cache (bytes per token, 2 layers, float32)")
 ax.set_xticks([256, 384, 768, 1536, 2048], ["256", "384", "768", "1,536", "2,048"])
 ax.minorticks_off()
 ax.set(ylabel="loss on held-out text (nats per token)")
 ax.set_title(f"After {steps} steps: the cache does not order the losses")
-ax.legend(loc="upper right")
-plt.show()
+fig.legend(loc="outside right upper", fontsize=9)
+looks.show(fig, "Loss against cached bytes: TPA's ranks fall along a line, the other mechanisms do not follow it.")
 
 # %% [markdown]
-# Squares are the baselines, circles TPA and its variants. The grey band is what a change of seed does to one and the
+# Black and violet are the baselines, the line is TPA with three ranks. The grey band is what a change of seed does to one and the
 # same variant; smaller differences mean nothing here. What to see: along the line of TPA's ranks more cache goes with
 # less loss, by two or three times what a seed does. From one mechanism to the next it does not: MHA has the largest
 # cache and lies above TPA and its variants. That is how it stands after 40 steps at one learning rate for all; notebook
@@ -478,10 +479,11 @@ checks.ex11_4(what_survives)
 # %% [markdown]
 # ## Summary
 #
-# - A variant is three answers: what a token brings (and the cache keeps), what RoPE turns, what is made up again.
+# - A variant is three answers: what a token brings (and the cache keeps), what RoPE rotates, what attention
+#   reconstructs.
 # - Fixed A is where MHA, MQA and GQA live; a bias-free linear map cannot be a constant, so it needs a mode of its own.
 # - Fixed B leaves $R_QR_K$ fixed curves of distance; it is the weakest variant in the paper.
-# - Shared B is cached once and unrotated, because values must not turn.
+# - Shared B is cached once and unrotated, because values must not be rotated.
 # - Third order rotates $b$ alone (Theorem C.1); rotating factors or assembled keys is the same function (Theorem 3.1).
 #
 # Next: [12 · Bring your own model](12_bring_your_own_model.ipynb), where fixed A earns its place.
