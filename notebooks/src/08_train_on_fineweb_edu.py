@@ -28,19 +28,20 @@ from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import Markdown, display
 
 from tpa_minimal.course import checks, looks
 from tpa_minimal.experiments import compare, data, train
 
 looks.style()
-FULL = device == "cuda" or os.environ.get("TPA_FULL") == "1"
+FULL = os.environ.get("TPA_FULL") == "1"
 runs = Path(tempfile.mkdtemp())
 
 # %% [markdown]
 # ## 1 · From documents to tokens
 #
 # FineWeb-Edu is web text that a classifier found instructive (Penedo et al. 2024, licence ODC-BY); the paper trains on
-# 100 billion tokens of it. `data.prepare` streams the part that you ask for and no more. Where the hub cannot be
+# 50 billion tokens of it. `data.prepare` streams the part that you ask for and no more. Where the hub cannot be
 # reached it makes **lessons** instead: short texts about invented people and things. The line it prints says which of
 # the two you have; everything below works with both.
 
@@ -119,7 +120,7 @@ print(f"know nothing {know_nothing:.2f}, know frequencies {know_frequencies:.2f}
 #
 # App. H of the paper: AdamW with $\beta = (0.9, 0.95)$, weight decay 0.1, gradients clipped to norm 1, a warm-up and
 # then a cosine. Decay pulls weights to zero and is meant for *matrices*; on vectors, such as the gain of a norm or a
-# bias, it would only do harm. T6 has matrices alone. Its embedding is decayed too: it is also the output matrix.
+# bias, it would only do harm. T6 has matrices alone. Its embedding is decayed too: it is also the output layer.
 
 # %% claim="app-h-decay"
 settings = dict(preset="tiny", batch_size=8, seq_len=128, lr=4e-3, device=device)
@@ -177,7 +178,7 @@ checks.ex08_2(learning_rate)
 
 # %%
 def run(name, steps, **changes):
-    """One training run in its own folder, without a word; a repeated call continues or returns it."""
+    """One training run in its own folder, silently; a repeated call continues or returns it."""
     config = train.TrainConfig(
         out=runs / name, data=tokens.source, tokens=tokens.meta["request"]["tokens"], steps=steps, resume=True,
         **{**settings, **changes},
@@ -390,7 +391,7 @@ print(f"TPA - MHA: {low:+.3f} to {high:+.3f}:", "no difference seen" if low < 0 
 # $compare mechanisms $size $real --seeds 3
 # ```
 #
-# What is equal: the trunk (4 layers, $d_\text{model}$ = 128), the batches of a seed, the number of steps, and the weights
+# What is equal: the backbone (4 layers, $d_\text{model}$ = 128), the batches of a seed, the number of steps, and the weights
 # of an attention layer, as nearly as a whole number of heads allows. What is not: each mechanism has the best of three
 # learning rates, chosen on a seed that is used for nothing else. All that follows is drawn from the rows.
 
@@ -398,9 +399,7 @@ print(f"TPA - MHA: {low:+.3f} to {high:+.3f}:", "no difference seen" if low < 0 
 rows = compare.read_rows(compare.MEASURED)
 assert not any(row["failed"] for row in rows)
 print(f"{len(rows)} runs of {rows[0]['steps']} steps, {rows[0]['steps'] * 1024:,} tokens each, on {rows[0]['device']}")
-for cell, row in {row["cell"]: row for row in rows if row["cell"] in compare.MAIN}.items():
-    size = f"{row['layer_parameters']:,} weights in a layer ({row['mismatch']:+.1%})"
-    print(f"{cell:17} {row['n_head']:2} heads, {size:38} {row['cache_bytes_per_token']:5,} bytes per token")
+display(Markdown("\n".join(compare.table(rows))))
 
 # %% [markdown]
 # MHA's layer comes out 3 % larger than TPA's, MQA's 3 % smaller. Two rows are TPA once more: with as many heads as MHA,
