@@ -119,7 +119,7 @@ def merge_kernel(
 ):  # fmt: skip
     """The output of one head of one sequence: the splits' results, rescaled to their common maximum."""
     head, batch, features = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
-    m, s, y = float("-inf"), 0.0, tl.zeros((BLOCK_D,), tl.float32)
+    m, s, y = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     for first in range(0, splits, BLOCK):
         i = first + tl.arange(0, BLOCK)
         rows = (batch * splits + i) * H + head

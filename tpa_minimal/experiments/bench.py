@@ -1,44 +1,154 @@
 """Side-by-side measurements: how long decoding, training and prefill take with MHA, MQA, GQA, MLA and TPA.
 
-    python -m tpa_minimal.experiments.bench decode                      one new token against caches of growing length
-    python -m tpa_minimal.experiments.bench train                       a step of a T6 with each attention
-    python -m tpa_minimal.experiments.bench prefill                     one layer's pass over a prompt
+    python -m tpa_minimal bench decode                      one new token against caches of growing length
+    python -m tpa_minimal bench train                       a step of a T6 with each attention
+    python -m tpa_minimal bench prefill                     one layer's pass over a prompt
+    python -m tpa_minimal bench device --out DIR            all that a first, short time on a GPU should tell
     ... --device cuda --dtype bfloat16 --lengths 65536 524288
 
-All that is compared is timed in one run and in turns, so that a disturbance strikes everybody; a table gives the median
-and the quartiles. For decoding it also gives the bytes that must be read, which is the whole cache, and the share that
-was reached of the bandwidth at which this device copies: decoding cannot be faster than the reading of its cache.
-Results go to bench_KIND.json and bench_KIND.png in the folder --out.
+One mechanism is in memory at a time, and all of them come in turns several times over, so that a disturbance strikes
+everybody; a table gives the median and the quartiles. On CUDA each timing starts with a cold L2 cache. For decoding the
+table also gives the bytes that must be read, which is the whole cache, and the share that was reached of the bandwidth
+at which this device copies: decoding cannot be faster than the reading of its cache.
 """
 
-import argparse
 import functools
 import importlib.util
-import json
 import math
-import os
 import platform
 import statistics
 import sys
 import time
+import traceback
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor, nn
 
+from tpa_minimal import cpu_decode, tpa
 from tpa_minimal.baselines import MultiHeadAttention, MultiHeadLatentAttention
-from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, causal_attention, factor_attention
+from tpa_minimal.experiments import train as training
+from tpa_minimal.files import read_json, write_json, write_whole
+from tpa_minimal.tpa import T6, FactorCache, T6Config, TensorProductAttention
 
 RESULTS = Path(__file__).parent / "results"  # what we measured, for the course to show; your own runs go to --out
+PASSES = 3  # over all mechanisms
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every benchmark takes. None is what suits the device."""
+
+    device: Literal["cpu", "cuda"] | None = None  # cuda where there is one
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # bfloat16 on CUDA, else float32
+    threads: int | None = None  # of the CPU
+    repeats: int = 15  # timings of each
+    batch_size: int | None = None
+    compile: bool = False  # layers (decode, prefill) or models (train) by torch.compile
+    out: Path = Path(".")  # folder for bench_KIND.json and bench_KIND.png
+
+
+@dataclass(frozen=True)
+class Layers(Settings):
+    """One layer of these sizes."""
+
+    lengths: tuple[int, ...] = (4096, 32768, 131072)  # contexts in tokens
+    d_model: int = 512
+    n_head: int = 32
+    d_head: int = 64
+
+
+@dataclass(frozen=True)
+class Decode(Layers):
+    """One new token against M - 1 cached ones and itself."""
+
+
+@dataclass(frozen=True)
+class Prefill(Layers):
+    """One layer's pass over a prompt into an empty cache."""
+
+    lengths: tuple[int, ...] = (512, 2048)  # of the prompt
+
+
+@dataclass(frozen=True)
+class Train(Settings):
+    """A step of AdamW on batches of random tokens."""
+
+    lengths: tuple[int, ...] | None = None  # of the sequences: 1024 on CUDA, else 256
+    preset: str | None = (
+        None  # small-124M on CUDA, where a smaller one would measure how kernels are launched; else tiny
+    )
+
+
+@dataclass(frozen=True)
+class Device:
+    """At most 8 minutes on a GPU: is the kernel right, how fast are decoding, training and generating.
+
+    Writes DIR/device.json after each section; the same command goes on where it stopped.
+    """
+
+    out: Path
+    authors: Path | None = None  # flashtpa_decode_triton.py of the authors, to be timed too
+    seconds: float = 450  # after which no section or row begins
+
+
+def settled(settings: Settings) -> Settings:
+    """Every None filled in. Raises SystemExit(2) with one line for a value that cannot work."""
+    for name, value in asdict(settings).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not isinstance(number, bool) and number < 1:
+                refuse(f"--{name.replace('_', '-')} {number}: must be 1 or more")
+    cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not cuda:
+        refuse("--device cuda: PyTorch finds no CUDA device; use --device cpu")
+    device = settings.device or ("cuda" if cuda else "cpu")
+    changes = {"device": device, "dtype": settings.dtype or ("bfloat16" if device == "cuda" else "float32")}
+    if isinstance(settings, Train):
+        changes |= {"batch_size": settings.batch_size or (8 if device == "cuda" else 4)}
+        changes |= {"preset": settings.preset or ("small-124M" if device == "cuda" else "tiny")}
+        changes |= {"lengths": settings.lengths or ((1024,) if device == "cuda" else (256,))}
+    try:
+        settings = replace(settings, **{"batch_size": settings.batch_size or 1, **changes})
+        config_of(settings, 1)
+    except ValueError as error:
+        refuse(str(error))
+    torch.set_num_threads(settings.threads or torch.get_num_threads())
+    return settings
+
+
+def refuse(message: str):
+    """Say what is wrong and leave with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def config_of(settings: Settings, max_len: int, ranks=(6, 2, 2)) -> T6Config:
+    """The sizes that a benchmark is about."""
+    rank_q, rank_k, rank_v = ranks
+    changes = dict(rank_q=rank_q, rank_k=rank_k, rank_v=rank_v, max_len=max_len)
+    if isinstance(settings, Train):
+        return T6Config.preset(settings.preset, **changes)
+    return T6Config.for_layer(settings.d_model, settings.n_head, settings.d_head, **changes)
+
 
 # ------------------------------------------------------------------------------------------------------- timing
 
 
+@functools.lru_cache
+def flood(device: str) -> Tensor:
+    """More bytes than any L2 cache has."""
+    return torch.empty(2**28, dtype=torch.uint8, device=device)
+
+
 def seconds_of(function, device: str) -> float:
-    """How long one call takes until its result is there."""
+    """How long one call takes until its result is there; on CUDA with a cold L2 cache."""
     if device == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flood(device).zero_()  # and while the device is busy with it, what follows is enqueued
         begin.record()
         function()
         end.record()
@@ -49,28 +159,26 @@ def seconds_of(function, device: str) -> float:
     return time.perf_counter() - begin
 
 
-def in_turns(functions: dict, repeats: int, device: str = "cpu") -> dict[str, dict]:
-    """Time all functions in turns, `repeats` times after two rounds that do not count.
-
-    Returns for each name the median, lower and upper quartile and minimum, in milliseconds.
-    """
+def times_of(functions: dict, repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Milliseconds of each function, called in turns `repeats` times after two rounds that do not count."""
     times = {name: [] for name in functions}
     for turn in range(repeats + 2):
         for name, function in functions.items():
             seconds = seconds_of(function, device)
             if turn >= 2:
                 times[name].append(1000 * seconds)
-        if sys.stderr.isatty():
-            print(f"\r  round {turn + 1} of {repeats + 2} ", end="", file=sys.stderr)
-    if sys.stderr.isatty():
-        print("\r" + " " * 30 + "\r", end="", file=sys.stderr)
-    return {name: spread(values) for name, values in times.items()}
+    return times
 
 
 def spread(values: list[float]) -> dict:
     """Median, quartiles and minimum."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median_ms": statistics.median(values), "low_ms": low, "high_ms": high, "min_ms": min(values)}
+
+
+def in_turns(functions: dict, repeats: int, device: str = "cpu") -> dict[str, dict]:
+    """For each name the median, lower and upper quartile and minimum of `times_of`, in milliseconds."""
+    return {name: spread(values) for name, values in times_of(functions, repeats, device).items()}
 
 
 def copy_bandwidth(device: str = "cpu", megabytes: int = 256) -> float:
@@ -97,18 +205,18 @@ def graphed(function, device: str):
     return graph.replay
 
 
-def environment(device: str, dtype: torch.dtype) -> dict:
+def environment(settings: Settings) -> dict:
     """What the numbers depend on."""
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    cuda = settings.device == "cuda"
     triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
     return {
-        "device": f"{device}: {name}",
+        "device": f"{settings.device}: {torch.cuda.get_device_name() if cuda else cpu_name()}",
         "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": settings.dtype,
         "torch": torch.__version__,
         "triton": triton,
         "python": platform.python_version(),
-        "copy_bandwidth_GB_per_s": copy_bandwidth(device) / 1e9,
+        "copy_bandwidth_GB_per_s": copy_bandwidth(settings.device) / 1e9,
     }
 
 
@@ -124,7 +232,7 @@ def cpu_name() -> str:
 # ------------------------------------------------------------------------------------------------------- decode
 
 
-def key_value_ways(config: T6Config, q: Tensor, k: Tensor, v: Tensor) -> dict:
+def key_value_ways(q: Tensor, k: Tensor, v: Tensor) -> dict:
     """The ways in which PyTorch attends with G shared keys and values; q (B, 1, h, d), k and v (B, M, G, d)."""
     B, _, h, d = q.shape
     G = k.shape[2]
@@ -140,180 +248,161 @@ def key_value_ways(config: T6Config, q: Tensor, k: Tensor, v: Tensor) -> dict:
     return ways
 
 
-def latent_ways(config: T6Config, q: Tensor, latent: Tensor) -> dict:
-    """Absorbed MLA: MQA with queries as wide as the latents (B, M, 1, d_c + d_R), which are both keys and values."""
-    q = torch.randn(*q.shape[:3], latent.shape[-1], dtype=q.dtype, device=q.device)
-    return key_value_ways(config, q, latent, latent)
-
-
-def factor_ways(config: T6Config, q: Tensor, *factors: Tensor) -> dict:
-    """TPA in factor space: PyTorch, and on CUDA the Triton kernel."""
-    (B, M), widths = factors[0].shape[:2], (config.n_head, config.d_head)
-    a_q, b_q = (torch.randn(B, 1, config.rank_q, width, dtype=q.dtype, device=q.device) for width in widths)
-    ways = {"pytorch": lambda: factor_attention(a_q, b_q, *factors, start=M - 1)}
-    if q.is_cuda and importlib.util.find_spec("triton"):
+def factor_ways(a_q: Tensor, b_q: Tensor, *factors: Tensor) -> dict:
+    """TPA in factor space by each of our functions that serve on this device."""
+    ways, start = {"tpa": tpa.factor_attention}, factors[0].shape[1] - 1
+    if not a_q.is_cuda:
+        ways["cpu_decode"] = cpu_decode.factor_attention
+    elif importlib.util.find_spec("triton"):
         from tpa_minimal import flash_decode
 
-        ways["triton"] = lambda: flash_decode.decode(a_q, b_q, *factors)
-    return ways
+        ways["flash_decode"] = flash_decode.factor_attention
+    return {name: functools.partial(way, a_q, b_q, *factors, start=start) for name, way in ways.items()}
 
 
-def mechanisms(ranks=((16, 1, 1), (16, 2, 2)), n_kv_head: int = 4) -> dict:
-    """Name -> (attention class to call with a config, ranks, what makes its ways of attending)."""
+def ways_of(layer: nn.Module, cached: tuple[Tensor, ...]) -> dict:
+    """Name -> function: attention alone, a new token's random queries against what is cached, by all ways there are."""
+    B, config, x = cached[0].shape[0], layer.config, cached[0]
+    random = functools.partial(torch.randn, dtype=x.dtype, device=x.device)
+    if isinstance(layer, TensorProductAttention):
+        queries = (random(B, 1, config.rank_q, width) for width in (config.n_head, config.d_head))
+        return factor_ways(*queries, *cached)
+    if isinstance(layer, MultiHeadLatentAttention):  # absorbed: MQA whose keys and values are both the latents
+        ways = key_value_ways(random(B, 1, config.n_head, x.shape[-1]), x, x)
+        return {f"absorbed, {name}": way for name, way in ways.items()}
+    return key_value_ways(random(B, 1, config.n_head, config.d_head), *cached)
+
+
+def mechanisms(n_head: int, ranks=((16, 1, 1), (16, 2, 2))) -> dict:
+    """Name -> (attention class to call with a config, ranks)."""
+    groups = max(G for G in (4, 2, 1) if n_head % G == 0)
     kinds = {
-        "MHA": (MultiHeadAttention, (1, 1, 1), key_value_ways),
-        "MQA": (functools.partial(MultiHeadAttention, n_kv_head=1), (1, 1, 1), key_value_ways),
-        f"GQA-{n_kv_head}": (functools.partial(MultiHeadAttention, n_kv_head=n_kv_head), (1, 1, 1), key_value_ways),
-        "MLA": (MultiHeadLatentAttention, (1, 1, 1), latent_ways),
+        "MHA": (MultiHeadAttention, (1, 1, 1)),
+        "MQA": (functools.partial(MultiHeadAttention, n_kv_head=1), (1, 1, 1)),
+        f"GQA-{groups}": (functools.partial(MultiHeadAttention, n_kv_head=groups), (1, 1, 1)),
+        "MLA": (MultiHeadLatentAttention, (1, 1, 1)),
     }
-    for rank in ranks:
-        kinds[f"TPA {rank}"] = (TensorProductAttention, rank, factor_ways)
-    return kinds
+    return kinds | {f"TPA {rank}": (TensorProductAttention, rank) for rank in ranks}
 
 
-def with_kernel(layer: nn.Module) -> nn.Module:
-    """The layer, decoding by the Triton kernel where it can."""
-    if next(layer.parameters()).is_cuda and importlib.util.find_spec("triton"):
+def fastest(layer: nn.Module) -> nn.Module:
+    """The layer or model, decoding by the function of ours that its device has."""
+    if not next(layer.parameters()).is_cuda:
+        return cpu_decode.use(layer)
+    if importlib.util.find_spec("triton"):
         from tpa_minimal import flash_decode
 
         return flash_decode.use(layer)
     return layer
 
 
-@torch.no_grad()
-def decode(
-    lengths, *, d_model=512, n_head=32, d_head=64, batch_size=1, repeats=15, device="cpu", dtype=torch.float32, **which
-) -> list[dict]:
-    """One new token against M - 1 cached ones and itself, for each M of `lengths`; rows of results.
-
-    For each mechanism: the attention alone by its fastest way (queries and a filled cache given), and the whole layer's
-    step with projections, appending and the output matrix. `which` goes to `mechanisms`.
-    """
-    rows = []
-    for M in lengths:
-        attention, whole, size = {}, {}, {}
-        for name, (build, (rank_q, rank_k, rank_v), ways_of) in mechanisms(**which).items():
-            c = T6Config(1, 1, d_model, n_head, d_head, rank_q, rank_k, rank_v, max_len=M)
-            layer = with_kernel(build(c).to(device, dtype))
-            nn.init.normal_(layer.out_proj.weight, std=0.02)
-            cache = layer.new_cache(batch_size)
-            held = fill(layer, cache, M)
-            size[name] = cache.nbytes
-            q = torch.randn(batch_size, 1, n_head, d_head, device=device, dtype=dtype)
-            attention |= {(name, way): graphed(f, device) for way, f in ways_of(c, q, *held).items()}
-            x = torch.randn(batch_size, 1, d_model, device=device, dtype=dtype)
-            whole[name] = graphed(functools.partial(step, layer, cache, x, M), device)
-        names = {" | ".join(key): key for key in attention}
-        taken = in_turns({text: attention[key] for text, key in names.items()}, repeats, device)
-        layers = in_turns(whole, repeats, device)
-        for name in size:
-            ways = [text for text, key in names.items() if key[0] == name]
-            kept = ways if name.startswith("TPA") else [min(ways, key=lambda text: taken[text]["median_ms"])]
-            for text in kept:  # of the others' ways the fastest, of ours each
-                row = {"mechanism": name, "way": names[text][1], "context": M, "bytes": size[name], **taken[text]}
-                rows.append({**row, "layer_ms": layers[name]["median_ms"]})
-    return rows
-
-
-def fill(layer: nn.Module, cache, M: int) -> tuple[Tensor, ...]:
-    """Fill a layer's cache with M positions of random numbers; returns the views of what it holds."""
-    held = None
+def fill(cache: FactorCache, M: int) -> tuple[Tensor, ...]:
+    """Fill a layer's cache with M positions of random numbers; returns the views of what is cached."""
     for first in range(0, M, 4096):
-        T = min(4096, M - first)
-        places = [view for view in cache.view(first, first + T) if view.shape[-1]]
-        held = cache.append(*(torch.randn(place.shape, device=place.device).to(place.dtype) for place in places))
-    return held if isinstance(held, tuple) else (held,)
+        cache.append(*(torch.randn_like(place) for place in cache.view(first, min(M, first + 4096))))
+    return cache.view(0, M)
 
 
-def step(layer: nn.Module, cache, x: Tensor, M: int) -> Tensor:
+def step(layer: nn.Module, cache: FactorCache, x: Tensor, M: int) -> Tensor:
     """Decode one token as the M-th."""
     cache.truncate(M - 1)
     return layer(x, cache)
 
 
-# -------------------------------------------------------------------------------------------- train and prefill
+@torch.no_grad()
+def decode(settings: Decode) -> list[dict]:
+    """For each context and mechanism: attention alone by its fastest way (TPA: by each), and the whole layer's step.
+
+    The first has queries and a full cache given; the second adds projections, appending and the output projection. On
+    CUDA both are replays of a graph.
+    """
+    return [row for M in settings.lengths for row in decode_at(settings, M)]
 
 
-class SixProjections(TensorProductAttention):
-    """TPA as one would first write it: six projections, and batched products of one small matrix per token."""
-
-    def __init__(self, config: T6Config):
-        super().__init__(config)
-        del self.factor_proj
-        self.projections = nn.ModuleList(nn.Linear(config.d_model, size, bias=False) for size in self.sizes)
-
-    def reset_parameters(self) -> None:
-        """Weights do not matter to a measurement of time."""
-
-    def project(self, x: Tensor) -> list[Tensor]:
-        """The factors before rotation, by six products."""
-        return [proj(x).unflatten(-1, shape) for proj, shape in zip(self.projections, self.shapes)]
-
-    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start: int) -> Tensor:
-        """Assemble each of q, k, v by torch.bmm over all tokens."""
-        pairs = ((a_q, b_q), (a_k, b_k), (a_v, b_v))
-        products = (torch.bmm(a.flatten(0, 1).mT, b.flatten(0, 1)) / b.shape[2] for a, b in pairs)
-        q, k, v = (product.unflatten(0, b_q.shape[:2]) for product in products)  # (B, T, h, d_h)
-        return causal_attention(q, k, v)
-
-
-def trained(config: T6Config) -> dict:
-    """The attentions that `train` and `prefill` compare, for models of the same sizes."""
-    groups = max(G for G in (4, 2, 1) if config.n_head % G == 0)
-    return {
-        "MHA": MultiHeadAttention,
-        "MQA": functools.partial(MultiHeadAttention, n_kv_head=1),
-        f"GQA-{groups}": functools.partial(MultiHeadAttention, n_kv_head=groups),
-        "MLA": MultiHeadLatentAttention,
-        f"TPA ({config.rank_q}, {config.rank_k}, {config.rank_v})": TensorProductAttention,
-        "TPA, six projections": SixProjections,
-    }
-
-
-def train(config: T6Config, lengths, *, batch_size=4, repeats=15, device="cpu", dtype=torch.float32) -> list[dict]:
-    """A step of AdamW on batches of random tokens, for each length of `lengths`; all models have `config`'s sizes."""
+def decode_at(settings: Decode, M: int) -> list[dict]:
+    """Rows for one context."""
+    times, size, dtype = {}, {}, getattr(torch, settings.dtype)
+    for _ in range(PASSES):
+        for name, (attention, ranks) in mechanisms(settings.n_head).items():
+            layer = fastest(attention(config_of(settings, M, ranks)).to(settings.device, dtype))
+            cache = layer.new_cache(settings.batch_size)
+            functions = ways_of(layer, fill(cache, M))
+            size[name] = cache.nbytes
+            x = torch.randn(settings.batch_size, 1, settings.d_model, device=settings.device, dtype=dtype)
+            run = torch.compile(layer) if settings.compile else layer
+            functions["layer"] = functools.partial(step, run, cache, x, M)
+            functions = {way: graphed(function, settings.device) for way, function in functions.items()}
+            for way, values in times_of(functions, -(-settings.repeats // PASSES), settings.device).items():
+                times.setdefault((name, way), []).extend(values)
+            del layer, run, cache, functions  # the next needs the memory
     rows = []
-    for T in lengths:
-        steps = {}
-        for name, attention in trained(config).items():
-            model = T6(config, attention=attention).to(device)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-            tokens = torch.randint(config.vocab_size, (batch_size, T + 1), device=device)
-            steps[name] = functools.partial(training_step, model, optimizer, tokens, device, dtype)
-        for name, taken in in_turns(steps, repeats, device).items():
-            rows.append({"mechanism": name, "context": T, **taken})
+    for name in size:
+        ways = {way: spread(values) for (of, way), values in times.items() if of == name and way != "layer"}
+        best = min(ways, key=lambda way: ways[way]["median_ms"])
+        for way in ways if name.startswith("TPA") else [best]:
+            row = {"mechanism": name, "way": way, "context": M, "bytes": size[name], **ways[way]}
+            rows.append({**row, "layer_ms": statistics.median(times[name, "layer"])})
     return rows
 
 
-def training_step(model: T6, optimizer, tokens: Tensor, device: str, dtype: torch.dtype) -> None:
+# -------------------------------------------------------------------------------------------- train and prefill
+
+
+def one_after_another(settings: Settings, length: int, make) -> list[dict]:
+    """Rows of `make(attention, config)`, a function to time, for each mechanism, the others not being in memory."""
+    times, n_head = {}, config_of(settings, length).n_head
+    for _ in range(PASSES):
+        for name, (attention, ranks) in mechanisms(n_head, ranks=((6, 2, 2),)).items():
+            run = make(attention, config_of(settings, length, ranks))
+            taken = times_of({name: run}, -(-settings.repeats // PASSES), settings.device)
+            times.setdefault(name, []).extend(taken[name])
+            del run
+    return [{"mechanism": name, "context": length, **spread(values)} for name, values in times.items()]
+
+
+def train(settings: Train) -> list[dict]:
+    """A step of AdamW on random tokens, for each length; all models have the preset's sizes."""
+
+    def make(attention, config):
+        model = T6(config, attention=attention).to(settings.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        size = (settings.batch_size, config.max_len + 1)
+        tokens = torch.randint(config.vocab_size, size, device=settings.device)
+        loss_of = torch.compile(loss) if settings.compile else loss
+        return functools.partial(training_step, model, loss_of, optimizer, tokens, getattr(torch, settings.dtype))
+
+    return [row for T in settings.lengths for row in one_after_another(settings, T, make)]
+
+
+def loss(model: T6, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy of each token after those before it."""
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def training_step(model: T6, loss_of, optimizer, tokens: Tensor, dtype: torch.dtype) -> None:
     """Forward, backward and update; half precision by autocast."""
-    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        logits = model(tokens[:, :-1])
-    F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
+    with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+        value = loss_of(model, tokens)
+    value.backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
 @torch.no_grad()
-def prefill(
-    lengths, *, d_model=512, n_head=32, d_head=64, batch_size=1, repeats=7, device="cpu", dtype=torch.float32
-) -> list[dict]:
-    """One layer's pass over a prompt into an empty cache, for each length of `lengths`."""
-    rows = []
-    for T in lengths:
-        config = T6Config(1, 1, d_model, n_head, d_head, max_len=T)
-        x = torch.randn(batch_size, T, d_model, device=device, dtype=dtype)
-        passes = {}
-        for name, attention in trained(config).items():
-            layer = attention(config).to(device, dtype)
-            cache = layer.new_cache(batch_size)
-            passes[name] = functools.partial(prompt_pass, layer, cache, x)
-        for name, taken in in_turns(passes, repeats, device).items():
-            rows.append({"mechanism": name, "context": T, **taken})
-    return rows
+def prefill(settings: Prefill) -> list[dict]:
+    """One layer's pass over a prompt into an empty cache, for each length."""
+
+    def make(attention, config):
+        dtype = getattr(torch, settings.dtype)
+        layer = attention(config).to(settings.device, dtype)
+        x = torch.randn(settings.batch_size, config.max_len, config.d_model, device=settings.device, dtype=dtype)
+        run = torch.compile(layer) if settings.compile else layer
+        return functools.partial(prompt_pass, run, layer.new_cache(settings.batch_size), x)
+
+    return [row for T in settings.lengths for row in one_after_another(settings, T, make)]
 
 
-def prompt_pass(layer: nn.Module, cache, x: Tensor) -> Tensor:
+def prompt_pass(layer: nn.Module, cache: FactorCache, x: Tensor) -> Tensor:
     """Forget everything, then read the whole prompt."""
     cache.truncate(0)
     return layer(x, cache)
@@ -326,9 +415,10 @@ def table(result: dict) -> str:
     """The rows of a result as a Markdown table, with what they depend on above it."""
     about = ", ".join(f"{key} {value}" for key, value in {**result["environment"], **result["settings"]}.items())
     bandwidth = result["environment"]["copy_bandwidth_GB_per_s"]
-    decoding = result["kind"] == "decode"
-    head = ["mechanism", "context", "median ms", "quartiles ms"]
-    head += ["MB to read", "share of copy bandwidth", "whole layer ms"] if decoding else []
+    decoding, cuda = result["kind"] == "decode", result["settings"]["device"] == "cuda"
+    graph = " (CUDA graph)" if decoding and cuda else " (no graph)"
+    head = ["mechanism", "context", f"median ms{graph}", "quartiles ms"]
+    head += ["MB to read", "share of copy bandwidth", f"whole layer ms{graph}"] if decoding else []
     lines = [about, "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in result["rows"]:
         way = f" ({row['way']})" if "way" in row else ""
@@ -348,11 +438,11 @@ def figure(result: dict):
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     series = {}
     for row in result["rows"]:
-        series.setdefault(row["mechanism"] + (f" ({row['way']})" if row.get("way") == "triton" else ""), []).append(row)
+        series.setdefault(row["mechanism"] + (f", {row['way']}" if "way" in row else ""), []).append(row)
     for (name, rows), (marker, line) in zip(series.items(), [(m, s) for s in ("-", "--") for m in "os^Dv"]):
         x, y = [row["context"] for row in rows], [row["median_ms"] for row in rows]
-        errors = [[r["median_ms"] - r["low_ms"] for r in rows], [r["high_ms"] - r["median_ms"] for r in rows]]
-        ax.errorbar(x, y, yerr=errors, marker=marker, linestyle=line, label=name, capsize=2)
+        ax.plot(x, y, marker=marker, linestyle=line, label=name)
+        ax.fill_between(x, [row["low_ms"] for row in rows], [row["high_ms"] for row in rows], alpha=0.2)
     if result["kind"] == "decode":
         rows = next(rows for name, rows in series.items() if name.startswith("TPA"))
         speed = result["environment"]["copy_bandwidth_GB_per_s"] * 1e6  # bytes per millisecond
@@ -366,58 +456,158 @@ def figure(result: dict):
     return fig
 
 
-def save(result: dict, folder: Path) -> list[Path]:
-    """Write bench_KIND.json and bench_KIND.png, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"bench_{result['kind']}.{ending}" for ending in ("json", "png")]
-    temporary = [path.with_name(f".{os.getpid()}.{path.name}") for path in paths]
-    temporary[0].write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    figure(result).savefig(temporary[1], dpi=120)
-    for new, path in zip(temporary, paths):
-        os.replace(new, path)
-    return paths
+# ------------------------------------------------------------------------------------- a first, short time on a GPU
 
 
-def main(arguments=None) -> dict:
-    """The command line: measure, print the table, write the files; returns the result."""
-    parser = argparse.ArgumentParser(prog="python -m tpa_minimal.experiments.bench", description=__doc__.split("\n")[0])
-    parser.add_argument("kind", choices=["decode", "train", "prefill"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on CUDA, else float32")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--lengths", type=int, nargs="+", help="contexts to measure at")
-    parser.add_argument("--repeats", type=int, default=15, help="timed rounds")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--d-model", type=int, default=512)
-    parser.add_argument("--n-head", type=int, default=32)
-    parser.add_argument("--d-head", type=int, default=64)
-    parser.add_argument("--preset", default="tiny", help="for train: the T6 to train")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the results")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no CUDA device; use --device cpu")
-    if options.repeats < 1 or min(options.lengths or [1]) < 1:
-        parser.error("--repeats and --lengths: must be 1 or more")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
-    settings = {"batch_size": options.batch_size or (4 if options.kind == "train" else 1), "repeats": options.repeats}
-    common = {**settings, "device": options.device, "dtype": dtype}
-    sizes = {"d_model": options.d_model, "n_head": options.n_head, "d_head": options.d_head}
-    about = environment(options.device, dtype)
-    if options.kind == "train":
-        rows = train(T6Config.preset(options.preset), options.lengths or [256], **common)
-        settings["preset"] = options.preset
-    elif options.kind == "decode":
-        rows, settings = decode(options.lengths or [4096, 32768, 131072], **sizes, **common), {**settings, **sizes}
-    else:
-        rows, settings = prefill(options.lengths or [512, 2048], **sizes, **common), {**settings, **sizes}
-    result = {"kind": options.kind, "environment": about, "settings": settings, "rows": rows}
+class Check:
+    """The sections of `bench device`. Without a GPU they are rehearsed on tiny sizes."""
+
+    def __init__(self, settings: Device):
+        self.settings, self.begin, self.path = settings, time.monotonic(), settings.out / "device.json"
+        self.gpu = torch.cuda.is_available()
+        self.device = "cuda" if self.gpu else "cpu"
+        self.done = read_json(self.path) if self.path.exists() else {}
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.settings.seconds - (time.monotonic() - self.begin)
+
+    def run(self) -> None:
+        """Every section that has no result yet, each with what it gives or how it failed, saved at once."""
+        for section in (self.machine, self.correct, self.decode, self.lessons, self.throughput):
+            name = section.__name__
+            if "rows" in self.done.get(name, {}) or self.left() <= 0:
+                continue
+            begin = time.monotonic()
+            try:
+                got = {"rows": section()}
+            except Exception:  # a section that fails is a result: the others must still run
+                got = {"error": traceback.format_exc()[-2000:]}
+            self.done[name] = {"seconds": round(time.monotonic() - begin, 1), **got}
+            write_json(self.path, self.done)
+            print(f"{name}: {str(got)[:1000]}", flush=True)
+
+    def median_ms(self, function) -> float:
+        """Of a function's replays as a graph, the L2 cache being cold."""
+        return in_turns({"": graphed(function, self.device)}, 15 if self.gpu else 1, self.device)[""]["median_ms"]
+
+    def machine(self) -> dict:
+        """What the device is, and its ceilings."""
+        n, dtype = (8192, torch.bfloat16) if self.gpu else (64, torch.float32)
+        matrix = torch.randn(n, n, device=self.device, dtype=dtype)
+        copied = copy_bandwidth(self.device, 1024 if self.gpu else 1)
+        about = environment(Settings(device=self.device, dtype=str(dtype).removeprefix("torch.")))
+        return {
+            **about,
+            "copy_GB_per_s": copied / 1e9,
+            "TFLOP_per_s": 2e-9 * n**3 / self.median_ms(lambda: matrix @ matrix),
+        }
+
+    @torch.no_grad()
+    def correct(self) -> list[dict]:
+        """The kernels against float64, twice, where memory that nobody wrote holds NaN."""
+        from tpa_minimal import flash_decode
+
+        rows, h, d_head = [], 34, 64
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        for ranks, M in (((16, 1, 1), 4097), ((6, 2, 2), 1000)) if self.gpu else (((16, 1, 1), 33), ((6, 2, 2), 9)):
+            for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
+                for scale in (1.0, 30.0):
+                    shapes = [(t, r, w) for t, r in zip((1, M, M), ranks) for w in (h, d_head)]
+                    a_q, b_q, *new = (scale * torch.randn(2, *s, device=self.device) for s in shapes)
+                    a_q, b_q, *new = (x.to(dtype) for x in (a_q, b_q, *new))
+                    sizes = [(x.shape[2], x.shape[3]) for x in new]
+                    cached = FactorCache(sizes, 2, M + 9, self.device, dtype).append(*new)
+                    exact = tpa.factor_attention(*(x.double() for x in (a_q, b_q, *cached)), start=M - 1)
+                    got, again = (flash_decode.factor_attention(a_q, b_q, *cached, start=M - 1) for _ in range(2))
+                    error = ((got.double() - exact).norm() / exact.norm()).item()
+                    right = error <= bound and torch.equal(got, again)
+                    rows.append(dict(ranks=ranks, M=M, dtype=str(dtype), scale=scale, error=error, right=right))
+        torch.use_deterministic_algorithms(False)
+        return rows
+
+    def decode(self) -> list[dict]:
+        """Attention and layer for every mechanism, shortest contexts first; the authors' kernel where it is given."""
+        rows = []
+        sizes = (
+            dict(d_model=512, n_head=32, d_head=64, dtype="bfloat16")
+            if self.gpu
+            else dict(d_model=16, n_head=4, d_head=8)
+        )
+        for M in [2**n for n in range(12, 20)] if self.gpu else [16]:
+            for batch_size in (1, 16) if self.gpu else (1,):
+                if self.left() < 0.45 * self.settings.seconds:
+                    return rows
+                settings = settled(
+                    Decode(device=self.device, batch_size=batch_size, repeats=9 if self.gpu else 3, **sizes)
+                )
+                try:
+                    rows += [{"batch": batch_size, **row} for row in decode_at(settings, M)]
+                except torch.OutOfMemoryError:
+                    rows.append({"batch": batch_size, "context": M, "way": "out of memory"})
+                if self.settings.authors and batch_size == 1 and M in (2**14, 2**17, 2**19):
+                    rows.append({"batch": 1, "context": M, "way": "authors", "median_ms": self.authors(M)})
+        return rows
+
+    @torch.no_grad()
+    def authors(self, M: int) -> float:
+        """Milliseconds of the authors' kernel at ranks (16, 1, 1)."""
+        spec = importlib.util.spec_from_file_location("authors", self.settings.authors)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        random = functools.partial(torch.randn, device=self.device, dtype=torch.bfloat16)
+        a_q, b_q = random(1, 1, 32, 16), random(1, 1, 16, 64)
+        cached = [random(1, M, width) for width in (32, 32, 64, 64)]
+        a_k, a_v, b_k, b_v = cached
+        return self.median_ms(lambda: module.tpa_decode_parallel_bn_triton(a_q, a_k, a_v, b_q, b_k, b_v))
+
+    def lessons(self) -> dict:
+        """A short training run on the lessons, and tokens per second of `generate` with and without our kernel."""
+        out, steps, tokens = self.settings.out / "lessons", *((300, 2_000_000) if self.gpu else (3, 100_000))
+        config = training.TrainConfig(
+            out=out, data="lessons", tokens=tokens, steps=steps, seq_len=None if self.gpu else 16
+        )
+        run = training.train(replace(config, resume=training.latest_checkpoint(out) is not None), progress=False)
+        prompt, speeds = torch.zeros(1, 8, dtype=torch.long, device=self.device), {}
+        model, n = run.model.to(self.device), 200 if self.gpu else 4
+        for name in ("tpa", "ours"):
+            generate = functools.partial((fastest(model) if name == "ours" else model).generate, prompt, n)
+            speeds[name] = n / (in_turns({name: generate}, 1, self.device)[name]["median_ms"] / 1000)
+        return {
+            "train_tokens_per_s": run.tokens_per_second,
+            "metrics": run.metrics[-1:],
+            "generate_tokens_per_s": speeds,
+        }
+
+    def throughput(self) -> list[dict]:
+        """Training throughput of small-124M, eager and compiled, and the memory that it takes."""
+        rows = []
+        for compiled in (False, True) if self.gpu else (False,):
+            if self.left() < (120 if compiled else 30):
+                break
+            settings = Train(batch_size=8 if self.gpu else 1, lengths=None if self.gpu else (8,), device=self.device)
+            settings = settled(replace(settings, repeats=6 if self.gpu else 1, compile=compiled))
+            for row in train(settings):
+                tokens_per_s = settings.batch_size * row["context"] / (row["median_ms"] / 1000)
+                rows.append({"compiled": compiled, "tokens_per_s": tokens_per_s, **row})
+            rows[-1]["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9 if self.gpu else 0.0
+        return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line: measure, print the table, write the files. A wrong value ends with status 2."""
+    commands = {"decode": Decode, "train": Train, "prefill": Prefill, "device": Device}
+    kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items()]
+    settings = tyro.cli(functools.reduce(lambda x, y: x | y, kinds), args=arguments, prog="tpa-minimal bench")
+    if isinstance(settings, Device):
+        Check(settings).run()
+        return 0
+    settings, kind = settled(settings), type(settings).__name__.lower()
+    result = {"kind": kind, "environment": environment(settings)}
+    result["settings"] = {name: value for name, value in asdict(settings).items() if name not in ("out", "threads")}
+    result["rows"] = {"decode": decode, "train": train, "prefill": prefill}[kind](settings)
     print(table(result))
-    for path in save(result, options.out):
-        print(f"wrote {path}", file=sys.stderr)
-    return result
-
-
-if __name__ == "__main__":
-    main()
+    settings.out.mkdir(parents=True, exist_ok=True)
+    write_json(settings.out / f"bench_{kind}.json", result)
+    write_whole(settings.out / f"bench_{kind}.png", lambda path: figure(result).savefig(path, dpi=120, format="png"))
+    print(f"wrote bench_{kind}.json and bench_{kind}.png in {settings.out}", file=sys.stderr)
+    return 0
