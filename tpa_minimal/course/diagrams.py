@@ -199,13 +199,15 @@ def decode_cost(layers: dict[str, Layer], dtype: str = "bfloat16", title: str | 
 # what a layer never has to build is grey and hatched; what is merely shown is coloured without a frame.
 
 
-def cells(ax, left: float, top: float, values, kind: str, scale: float | None = None, dark: bool = False) -> None:
-    """Draw a matrix, one unit for each entry, its upper left corner at (left, top) of an axis whose y points down.
+def cells(ax, left: float, top: float, values, kind: str, scale=None, size=None, dark: bool = False) -> None:
+    """Draw a matrix with its upper left corner at (left, top) of an axis whose y points down.
 
-    kind: "cached", "shown" or "never built". scale: the size that gets the full colour.
+    kind: "cached", "shown" or "never built". scale: the value that gets the full colour, by default the largest.
+    size: width and height, by default one unit for each entry.
     """
     values = np.atleast_2d(np.asarray(values, dtype=float))
-    height, width = values.shape
+    rows, columns = values.shape
+    width, height = size or (columns, rows)
     middle, ink = ("#161B22", "#9DA7B3") if dark else ("#FFFFFF", "#444444")
     ends = ("#E8833A", middle, "#3F9BDD") if dark else ("#C24A00", middle, "#0062A0")
     greys = ("#161B22", "#4A525B", "#B4BDC7") if dark else ("#6E6E6E", "#D4D4D4", "#FFFFFF")
@@ -213,8 +215,8 @@ def cells(ax, left: float, top: float, values, kind: str, scale: float | None = 
     most = scale or np.abs(values).max() or 1
     ax.imshow(values, cmap=colours, vmin=-most, vmax=most, extent=(left, left + width, top + height, top))
     lines = dict(color=middle, linewidth=0.5)
-    ax.vlines(left + np.arange(1, width), top, top + height, **lines)
-    ax.hlines(top + np.arange(1, height), left, left + width, **lines)
+    ax.vlines(left + width / columns * np.arange(1, columns), top, top + height, **lines)
+    ax.hlines(top + height / rows * np.arange(1, rows), left, left + width, **lines)
     frame = dict(edgecolor=ends[2], linewidth=1.6) if kind == "cached" else dict(edgecolor=ink, linewidth=0.8)
     hatch = dict(hatch="///", hatch_linewidth=0.4) if kind == "never built" else {}
     ax.add_patch(Rectangle((left, top), width, height, facecolor="none", label=kind, **frame, **hatch))
@@ -238,7 +240,7 @@ def hero(a, b, dark: bool = False) -> Figure:
     a, b = (np.asarray(factor, dtype=float) for factor in (a, b))
     (R, h), d_h = a.shape, b.shape[1]
     unit = h / 8  # of all that is no matrix
-    block, between = 1 + 0.5 * unit + d_h, 2.8 * unit  # a at the left margin of a product, b above it
+    block, between = 1.5 * unit + d_h, 2.8 * unit  # a at the left margin of a product, b above it
     first = 0.3 * unit + d_h + 6.8 * unit  # where the first product begins
     top, low = 4.4 * unit, 4.4 * unit + h
     fig, ax = canvas(first + R * (block + between) - 0.6 * unit, low + 6 * unit, dark=dark)
@@ -253,10 +255,10 @@ def hero(a, b, dark: bool = False) -> Figure:
     ax.text(left + d_h + 3.2 * unit, top + h / 2, rf"$=\;\frac{{1}}{{{R}}}\;($", fontsize=22, **style)
     for r in range(R):
         left, right = first + r * (block + between), first + r * (block + between) + block
-        cells(ax, left, top, a[r][:, None], kind="cached", dark=dark)
-        cells(ax, right - d_h, top - 1 - 0.5 * unit, b[r][None], kind="cached", dark=dark)
+        cells(ax, left, top, a[r][:, None], kind="cached", size=(unit, h), dark=dark)
+        cells(ax, right - d_h, top - 1.5 * unit, b[r][None], kind="cached", size=(d_h, unit), dark=dark)
         cells(ax, right - d_h, top, products[r], kind="never built", scale=scale, dark=dark)
-        ax.text(left + 0.5, low + 1 * unit, f"$a_{r + 1}$", fontsize=16, **{**style, "color": colour})
+        ax.text(left + 0.5 * unit, low + unit, f"$a_{r + 1}$", fontsize=16, **{**style, "color": colour})
         ax.text(right - d_h / 2, top - 2.8 * unit, f"$b_{r + 1}$", fontsize=16, **{**style, "color": colour})
         ax.text(right + between / 2 - 0.2 * unit, top + h / 2, "+" if r < R - 1 else ")", fontsize=22, **style)
     lines = (
