@@ -11,7 +11,7 @@
 # **You will be able to**
 # - tell whether your set-up is complete, and whether a GPU is in use
 # - train a T6 (LLaMA's block with TPA inside) and let it write, with and without its cache
-# - read off what its cache weighs, beside that of ordinary attention with the same heads
+# - say in one picture what TPA caches, and read off what that weighs beside ordinary attention
 # - choose your way through the course
 #
 # **You need** Python and PyTorch; to have met attention once. No GPU, no network.
@@ -22,14 +22,14 @@
 # (filled in by notebooks/build.py)
 
 # %%
+import math
 import tempfile
 import time
 
-import matplotlib.pyplot as plt
-
 from tpa_minimal import T6Config
-from tpa_minimal.course import checks, looks
+from tpa_minimal.course import checks, diagrams, looks
 from tpa_minimal.experiments import data, train
+from tpa_minimal.tpa import rms_norm
 
 looks.style()
 
@@ -48,7 +48,7 @@ print(text)
 
 # %% [markdown]
 # The preset `tiny` is a T6 of about a million parameters: 4 layers, 16 heads of width 32, and queries, keys and values
-# of rank 6, 2 and 2. What those ranks are is the subject of notebook 02. We train it briefly on these lessons.
+# of rank 6, 2 and 2. We come to the ranks in a moment. We train it briefly on these lessons.
 
 # %%
 config = T6Config.preset("tiny", vocab_size=lessons.vocab_size)
@@ -57,21 +57,44 @@ print(config)
 # %%
 run = train.train(
     train.TrainConfig(
-        out=tempfile.mkdtemp(), data="lessons", tokens=400_000, steps=80, batch_size=8, seq_len=128, eval_every=80
+        out=tempfile.mkdtemp(),
+        data="lessons",
+        tokens=400_000,
+        steps=80,
+        batch_size=8,
+        seq_len=128,
+        eval_every=80,
     ),
     progress=False,
     log=lambda line: None,
 )
 model = run.model.eval()
+before, after = run.metrics[0]["val_loss"], run.metrics[-1]["val_loss"]
 print(f"{model.num_parameters():,} parameters")
-print(
-    f"validation loss before {run.metrics[0]['val_loss']:.2f}, after {run.metrics[-1]['val_loss']:.2f} nats per token"
-)
-assert run.metrics[-1]["val_loss"] < run.metrics[0]["val_loss"] - 1
+print(f"validation loss before {before:.2f}, after {after:.2f} nats per token")
+assert after < before - 1
 
 # %% [markdown]
-# The loss is the average surprise per token on texts that the model has not seen. It starts somewhat above that
-# of even guessing, ln 1024 = 6.93, since an untrained T6 is not undecided but wrong at random, and falls by several nats. So short a training teaches which words are common, hardly how they form a sentence:
+# The loss is the average surprise per token on texts that the model has not seen. Guessing evenly among all tokens of
+# the vocabulary would give the first number below, and the untrained model is somewhat *worse* than that. It does not
+# guess at all: it repeats its input. We can ask a new one what it takes for the most likely next token:
+
+# %%
+untrained = train.T6(config).to(next(model.parameters()).device)
+tokens = torch.tensor(
+    [lessons.val[:100].tolist()], device=next(model.parameters()).device
+)
+repeats = (untrained(tokens).argmax(-1) == tokens).sum().item()
+print(
+    f"guessing evenly: ln {config.vocab_size} = {math.log(config.vocab_size):.2f} nats"
+)
+print(f"untrained: {repeats} of 100 predicted tokens are the token that was just read")
+assert repeats == 100
+
+# %% [markdown]
+# The reason: at the start the attention and feed-forward parts add nothing (their output projections are zero), and the
+# matrix that reads a token in also writes the scores out. So the score is largest for the token itself. Training falls
+# by several nats from there; so short a training teaches which words are common, hardly how they form a sentence:
 
 # %%
 print(train.generate_text(model, lessons.tokenizer, "", 60, temperature=0.7))
@@ -83,45 +106,123 @@ print(train.generate_text(model, lessons.tokenizer, "", 60, temperature=0.7))
 # again at every step; with one they are kept. The tokens are the same, the time is not:
 
 # %%
-prompt = torch.tensor([lessons.val[:16].tolist()], device=next(model.parameters()).device)
-tokens, seconds = {}, {}
+prompt = torch.tensor([lessons.val[:16].tolist()], device=tokens.device)
+written, seconds = {}, {}
 for use_cache in (True, False):
     start = time.perf_counter()
-    tokens[use_cache] = model.generate(prompt, 240, temperature=0, use_cache=use_cache)
+    written[use_cache] = model.generate(prompt, 240, temperature=0, use_cache=use_cache)
     seconds[use_cache] = time.perf_counter() - start
-assert torch.equal(tokens[True], tokens[False])
-print(f"240 tokens with the cache: {seconds[True]:.1f} s; without: {seconds[False]:.1f} s")
+assert torch.equal(written[True], written[False])
+print(
+    f"240 tokens with the cache: {seconds[True]:.1f} s; without: {seconds[False]:.1f} s"
+)
 
 # %% [markdown]
+# ## The idea, in one picture
+#
+# What does TPA keep in its cache? In each layer a token has a key for each of its 16 heads: a small matrix $K_t$ with a
+# row for each head and a column for each feature. Ordinary multi-head attention (MHA) caches that matrix, and another
+# one for the values. TPA makes it from **factors**: a vector $a$ that says *which heads*, and a vector $b$ that says
+# *which features*. Multiplied entry by entry ($a \otimes b$, an outer product) the two make a whole matrix, and the mean
+# of $R$ of these is $K_t$. The number $R$ is the **rank**, here 2. Only the factors are cached. Below are those of one
+# token in the last layer of the model that you have just trained:
+
+# %% tags=["hide-input"]
+with torch.no_grad():
+    tokens = written[True][:, :64]
+    x = model.embedding(tokens)
+    for block in model.blocks[:-1]:
+        x = block(x)
+    a_k, b_k = model.blocks[-1].attention.factors(rms_norm(x))[2:4]
+a, b = a_k[0, 32].cpu(), b_k[0, 32].cpu()  # (R, h) and (R, d_h)
+looks.show(
+    diagrams.hero(a, b),
+    alt="One token's keys, 16 heads by 32 features, as one half of the sum of two outer "
+    "products. The vectors a and b at the margins of each product are in colour: "
+    "2 times (16 + 32) = 96 numbers are cached. The products and the keys are hatched: "
+    "their 512 numbers are never built.",
+)
+
+# %% [markdown]
+# 96 numbers in place of 512, and attention can work with the 96 directly (notebook 06 shows how). The price: a token
+# can no longer have just *any* matrix of keys, only one of rank 2. Notebook 02 takes this picture apart.
+#
 # ## What the memory weighs
 #
-# Here is the point of it all. We fill two real caches with the same number of tokens and ask each for its bytes:
-# TPA's, which holds *factors*, and that of ordinary multi-head attention (MHA) with the same 16 heads of width 32,
-# which holds keys and values.
+# Here is the point of it all. While the model writes we look at the bytes of two real caches: TPA's, which holds
+# factors, and that of MHA with the same 16 heads of width 32, which holds keys and values.
 
 # %%
-lengths = [64, 128, 256, 512]
+lengths = [1, *range(16, 257, 16)]
 weights = [train.measure_caches(model, length) for length in lengths]
-for length, (tpa, mha) in zip(lengths, weights):
-    print(f"{length:4d} tokens: TPA {tpa:9,} bytes   MHA {mha:9,} bytes   ratio {mha / tpa:.2f}")
+for tpa, mha in weights:
     assert abs(mha / tpa - 16 / 3) < 1e-9
 
+# %% tags=["hide-input"]
+story = model.generate(prompt, 240, temperature=0.8)[0].tolist()
+texts = [lessons.tokenizer.decode(story[:n]) for n in lengths]
+texts = [" ".join(text.split()) for text in texts]
+tpa, mha = zip(*weights)
+looks.animate(
+    diagrams.filling_caches(lengths, {"mha": mha, "tpa": tpa}, texts),
+    alt="While the model writes 256 tokens, two bars grow in proportion: the cache of MHA "
+    f"reaches {mha[-1]:,} bytes, that of TPA {tpa[-1]:,} bytes.",
+)
+
 # %%
-fig, ax = plt.subplots()
-for values, name, marker in zip(zip(*weights), ("TPA: factors", "MHA: keys and values"), "os"):
-    kilobytes = [value / 1024 for value in values]
-    ax.plot(lengths, kilobytes, marker=marker)
-    ax.annotate(name, (lengths[-1], kilobytes[-1]), xytext=(-8, 6), textcoords="offset points", ha="right")
-ax.set(xlabel="tokens remembered", ylabel="cache, KiB (float32)", ylim=(0, None))
-ax.set_title("Same heads, 5.3 times less to remember")
-plt.show()
+looks.table(
+    ["tokens", "MHA, bytes", "TPA, bytes", "MHA / TPA"],
+    [(n, h, t, f"{h / t:.2f}") for n, t, h in list(zip(lengths, tpa, mha))[::4]],
+    caption="Two caches of 4 layers in float32, 16 heads of width 32, ranks 2 and 2",
+)
 
 # %% [markdown]
-# Both caches grow by a fixed number of bytes per token; TPA's line is 5⅓ times less steep. That ratio belongs to
-# *this* configuration (16 heads of width 32, rank 2) and to *this* comparison (MHA with the same heads). With rank 1
-# and 64 heads of width 128 it is 42.7; with 4 heads of width 32 and rank 2 it is 1.8. And there are other ways to
-# save: the same model with two shared key-value heads (GQA) would hold 128 numbers per token and layer where TPA
-# holds 192. What each way gives up is a question that notebooks 01 and 09 take seriously.
+# Both caches grow by a fixed number of bytes per token; TPA's grows $5\tfrac13$ times more slowly. That ratio belongs to
+# *this* configuration (16 heads of width 32, rank 2) and to *this* comparison (MHA with the same heads). Other sizes
+# give other ratios, and there are other ways to save, such as keys that several heads share (GQA):
+
+
+# %%
+def numbers(heads, width, rank):
+    """Cached per token and layer: by MHA, by TPA, and by two shared key-value heads."""
+    return 2 * heads * width, 2 * rank * (heads + width), 2 * 2 * width
+
+
+sizes = {"this model": (16, 32, 2), "a toy": (4, 32, 2), "large, rank 1": (64, 128, 1)}
+looks.table(
+    ["", "heads", "width", "rank", "MHA", "TPA", "MHA / TPA", "GQA, 2 heads"],
+    [
+        (name, *size, mha, tpa, f"{mha / tpa:.1f}", gqa)
+        for name, size in sizes.items()
+        for mha, tpa, gqa in [numbers(*size)]
+    ],
+    caption="Numbers cached per token and layer",
+)
+
+# %% [markdown]
+# Two shared heads would hold 128 numbers in this model where TPA holds 192. What each way gives up is a question that
+# notebooks 01 and 09 take seriously.
+#
+# ## The letters of this course
+#
+# One card for all notebooks. The formulas use the paper's letters, the code the names on the right.
+#
+# | symbol | meaning | in code |
+# |---|---|---|
+# | $C$, $T$, $M = C + T$ | positions in the cache, new positions in this call, all that can be attended to | `start`, `T`, `M` |
+# | $t$, $s$ | position of a query, position of a key | |
+# | $d_\text{model}$ | width of a token's vector $x_t$ between the layers | `d_model` |
+# | $h$, $d_h$ | number of heads, width of a head | `n_head`, `d_head` |
+# | $i$, $e$, $r$ | index of a head, of a feature, of an outer product | |
+# | $Q_t$, $K_t$, $V_t$ | queries, keys, values of one token: $h \times d_h$ matrices | `q`, `k`, `v` |
+# | $R_Q$, $R_K$, $R_V$ | ranks: the number of outer products in each | `rank_q`, `rank_k`, `rank_v` |
+# | $a_r$, $A_K$ | head factor, and the $R_K \times h$ matrix of those of the keys ($A_Q$, $A_V$ likewise) | `a_k` |
+# | $b_r$, $B_K$ | feature factor, and the $R_K \times d_h$ matrix of those of the keys ($B_Q$, $B_V$ likewise) | `b_k` |
+# | $G$ | number of key and value heads in GQA | `n_kv_head` |
+# | $d_c$, $d_R$ | width of MLA's latent and of its rotated key | `d_c`, `d_rope` |
+# | $\theta_j$, $\Theta_t$ | speed of RoPE's plane $j$, and the rotation at position $t$ (the paper writes $T_t$) | `RoPE` |
+#
+# In the shapes of `tpa.py` the first axis, `B`, is the batch.
 #
 # ## How the exercises work
 #
@@ -167,7 +268,7 @@ checks.ex00_1(numbers_cached_by_mha)
 # ## Summary
 #
 # - T6 with TPA trains and generates like any other language model (after half a minute, not yet sense); its cache holds
-#   factors instead of keys and values.
+#   factors, "which heads" and "which features", instead of keys and values.
 # - Measured here: 5⅓ times fewer bytes than MHA with the same heads, in this configuration.
 # - A ratio means nothing without its two configurations. We will always name them.
 #

@@ -26,9 +26,11 @@ import time
 
 import matplotlib.pyplot as plt
 import torch.nn.functional as F
+from matplotlib.colors import ListedColormap
 from torch import nn
 
-from tpa_minimal.course import checks, looks
+from tpa_minimal.course import checks, diagrams, looks
+from tpa_minimal.memory import Layer
 
 looks.style()
 _ = torch.manual_seed(0)
@@ -36,26 +38,30 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## 1 · Attention in a handful of lines
 #
-# We follow one sequence of `T` tokens (no batch axis, until a later notebook needs one). Each token is a vector of
-# width `d_model`. Three linear maps turn it into a **query**, a **key** and a **value**, and each of these is cut into
-# `n_head` pieces of width `d_head`, one per head:
+# We follow one sequence of $T$ tokens (no batch axis, until a later notebook needs one). Each token is a vector of
+# width $d_\text{model}$. Three linear maps turn it into a **query**, a **key** and a **value**, and each of these is cut
+# into $h$ pieces of width $d_h$, one per head (`n_head` and `d_head` in the code; all letters of the course are on the
+# card of notebook 00):
 
 # %%
 T, d_model, n_head, d_head = 6, 64, 4, 16
 x = torch.randn(T, d_model)
 W_q, W_k, W_v = torch.randn(3, d_model, n_head * d_head) / math.sqrt(d_model)
-q, k, v = ((x @ W).unflatten(-1, (n_head, d_head)) for W in (W_q, W_k, W_v))  # each (T, h, d_h)
+q, k, v = (
+    (x @ W).unflatten(-1, (n_head, d_head)) for W in (W_q, W_k, W_v)
+)  # each (T, h, d_h)
 print(q.shape, k.shape, v.shape)
 
 # %% [markdown]
-# A query asks, a key answers how relevant its token is, and the value is what gets handed over. For head `h`, the
-# **logit** of query `t` against key `s` is their inner product divided by $\sqrt{d_h}$, so that it does not grow with
-# the width. A softmax over the allowed `s` turns the logits of one query into weights that sum to one:
+# A query asks, a key answers how relevant its token is, and the value is what gets handed over. For head $i$, the
+# **logit** of the query at position $t$ against the key at position $s$ is their inner product divided by $\sqrt{d_h}$,
+# so that it does not grow with the width. A softmax over the allowed $s$ turns the logits of one query into weights that
+# sum to one:
 #
-# $$\alpha_{h,t,s} = \operatorname{softmax}_{s \le t} \frac{q_{t,h} \cdot k_{s,h}}{\sqrt{d_h}}, \qquad
-# o_{t,h} = \sum_{s \le t} \alpha_{h,t,s}\, v_{s,h}.$$
+# $$\alpha_{i,t,s} = \operatorname{softmax}_{s \le t} \frac{q_{t,i} \cdot k_{s,i}}{\sqrt{d_h}}, \qquad
+# o_{t,i} = \sum_{s \le t} \alpha_{i,t,s}\, v_{s,i}.$$
 #
-# In words: each head of token `t` receives a weighted mean of the values of the tokens up to `t`. The condition
+# In words: each head of token $t$ receives a weighted mean of the values of the tokens up to $t$. The condition
 # $s \le t$ is the **causal mask**: a model that is trained to predict the next token must not see it. The whole rest of
 # this course hangs on that condition.
 
@@ -68,7 +74,9 @@ def attend(q, k, v):
     """
     logits = torch.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[-1])  # (h, T, M)
     if len(q) > 1:
-        ahead = torch.ones(len(q), len(k), dtype=torch.bool).triu(1)  # keys that lie in the query's future
+        ahead = torch.ones(len(q), len(k), dtype=torch.bool).triu(
+            1
+        )  # keys that lie in the query's future
         logits = logits.masked_fill(ahead, -math.inf)
     return torch.einsum("hts,shd->thd", logits.softmax(-1), v)
 
@@ -79,10 +87,12 @@ def attend(q, k, v):
 # %%
 heads_first = [y.double().transpose(0, 1) for y in (q, k, v)]
 theirs = F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(0, 1)
-torch.testing.assert_close(attend(q.double(), k.double(), v.double()), theirs, rtol=0, atol=1e-12)
+torch.testing.assert_close(
+    attend(q.double(), k.double(), v.double()), theirs, rtol=0, atol=1e-12
+)
 
 # %% [markdown]
-# It does, to rounding. Around it go the projections, and an output matrix that mixes the heads. That is the whole
+# It does, to rounding. Around it go the projections, and an output projection that mixes the heads. That is the whole
 # **multi-head attention** (MHA) layer. We leave positions out; they get a notebook of their own (03).
 
 
@@ -91,11 +101,16 @@ class MHA(nn.Module):
     def __init__(self, d_model, n_head, d_head):
         super().__init__()
         self.n_head = n_head
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d_model, n_head * d_head, bias=False) for _ in range(3))
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(d_model, n_head * d_head, bias=False) for _ in range(3)
+        )
         self.out_proj = nn.Linear(n_head * d_head, d_model, bias=False)
 
     def forward(self, x, cache=None):  # x: (T, d_model)
-        q, k, v = (f(x).unflatten(-1, (self.n_head, -1)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            f(x).unflatten(-1, (self.n_head, -1))
+            for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if cache is not None:  # explained in section 3
             k, v = cache.append(k, v)
         return self.out_proj(attend(q, k, v).flatten(1))  # (T, d_model)
@@ -103,7 +118,7 @@ class MHA(nn.Module):
 
 # %% [markdown]
 # Our test object is a language model with nothing but attention in it: an embedding, a few MHA layers, an output
-# matrix. (`rms_norm` scales each vector to mean square 1.) Its weights are random, so what it writes is nonsense. That
+# projection. (`rms_norm` scales each vector to mean square 1.) Its weights are random, so what it writes is nonsense. That
 # does not matter here: time and memory depend on shapes, not on what the weights have learned.
 
 
@@ -112,13 +127,19 @@ class TinyLM(nn.Module):
     def __init__(self, vocab_size=256, n_layer=3, d_model=256, n_head=8, d_head=32):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.layers = nn.ModuleList(MHA(d_model, n_head, d_head) for _ in range(n_layer))
+        self.layers = nn.ModuleList(
+            MHA(d_model, n_head, d_head) for _ in range(n_layer)
+        )
         self.out = nn.Linear(d_model, vocab_size, bias=False)
 
-    def forward(self, tokens, caches=None):  # (T,) -> (T, vocab_size), scores of each next token
+    def forward(
+        self, tokens, caches=None
+    ):  # (T,) -> (T, vocab_size), scores of each next token
         x = self.embedding(tokens)
         for i, layer in enumerate(self.layers):
-            x = x + layer(F.rms_norm(x, x.shape[-1:]), None if caches is None else caches[i])
+            x = x + layer(
+                F.rms_norm(x, x.shape[-1:]), None if caches is None else caches[i]
+            )
         return self.out(F.rms_norm(x, x.shape[-1:]))
 
 
@@ -129,7 +150,7 @@ print(model(prompt).shape)
 # %% [markdown]
 # ## 2 · Naive generation, and what it repeats
 #
-# Generating is a loop: run the model on all tokens so far, take the likeliest next token, append it. The honest first
+# Generating is a loop: run the model on all tokens so far, take the most likely next token, append it. The honest first
 # version:
 
 
@@ -138,14 +159,18 @@ def generate_naive(model, tokens, n_new):
     seconds = []
     for _ in range(n_new):
         begin = time.perf_counter()
-        new = model(tokens)[-1].argmax()  # all tokens go in, one row of the result is used
+        new = model(tokens)[
+            -1
+        ].argmax()  # all tokens go in, one row of the result is used
         tokens = torch.cat((tokens, new[None]))
         seconds.append(time.perf_counter() - begin)
     return tokens, seconds
 
 
 slow_tokens, slow_seconds = generate_naive(model, prompt, 316)
-print(f"{sum(slow_seconds):.2f} s for {len(slow_seconds)} tokens; the first ones: {slow_tokens[:10].tolist()}")
+print(
+    f"{sum(slow_seconds):.2f} s for {len(slow_seconds)} tokens; the first ones: {slow_tokens[:10].tolist()}"
+)
 
 # %% [markdown]
 # Look at what the loop does. When the text has 300 tokens it computes the keys and values of all 300, 299 of which it
@@ -168,8 +193,13 @@ def layer_inputs(model, tokens, causal):
     x, inputs = model.embedding(tokens), []
     for layer in model.layers:
         inputs.append(F.rms_norm(x, x.shape[-1:]))
-        q, k, v = (f(inputs[-1]).unflatten(-1, (layer.n_head, -1)) for f in (layer.q_proj, layer.k_proj, layer.v_proj))
-        mixed = F.scaled_dot_product_attention(*(y.transpose(0, 1) for y in (q, k, v)), is_causal=causal)
+        q, k, v = (
+            f(inputs[-1]).unflatten(-1, (layer.n_head, -1))
+            for f in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
+        mixed = F.scaled_dot_product_attention(
+            *(y.transpose(0, 1) for y in (q, k, v)), is_causal=causal
+        )
         x = x + layer.out_proj(mixed.transpose(0, 1).flatten(1))
     return inputs
 
@@ -177,17 +207,25 @@ def layer_inputs(model, tokens, causal):
 # %%
 longer = torch.cat((prompt, torch.tensor([5])))
 for causal in (True, False):
-    before, after = layer_inputs(model, prompt, causal), layer_inputs(model, longer, causal)
-    change = [f"{(b - a[: len(prompt)]).abs().max():.5f}" for b, a in zip(before, after)]
-    print(f"{'causal' if causal else 'no mask':8} change of old tokens' inputs, layers 1 to 3:", *change)
+    before, after = (
+        layer_inputs(model, prompt, causal),
+        layer_inputs(model, longer, causal),
+    )
+    change = [
+        f"{(b - a[: len(prompt)]).abs().max():.5f}" for b, a in zip(before, after)
+    ]
+    print(
+        f"{'causal' if causal else 'no mask':8} change of old tokens' inputs, layers 1 to 3:",
+        *change,
+    )
 
 # %% [markdown]
-# With the causal mask, nothing that belongs to an old token changes, in any layer (up to rounding): token `t` has never
+# With the causal mask, nothing that belongs to an old token changes, in any layer (up to rounding): token $t$ has never
 # depended on what follows it. Without the mask, every layer but the first changes. So:
 #
 # > **A causal model may keep the keys and values of past tokens for ever. A bidirectional one may not.**
 #
-# And the queries? The query of token `t` is used once, to compute row `t`. Nobody asks for it again, so there is
+# And the queries? The query of token $t$ is used once, to compute row $t$. Nobody asks for it again, so there is
 # nothing to keep. This is why it is a *KV* cache.
 
 # %% [markdown]
@@ -225,14 +263,18 @@ def generate_cached(model, tokens, n_new):
     new, seconds = tokens, []
     for _ in range(n_new):
         begin = time.perf_counter()
-        new = model(new, caches)[-1].argmax()[None]  # prompt first, then one token at a time
+        new = model(new, caches)[-1].argmax()[
+            None
+        ]  # prompt first, then one token at a time
         tokens = torch.cat((tokens, new))
         seconds.append(time.perf_counter() - begin)
     return tokens, seconds, caches
 
 
 fast_tokens, fast_seconds, caches = generate_cached(model, prompt, 316)
-print(f"{sum(fast_seconds):.2f} s, {sum(slow_seconds) / sum(fast_seconds):.0f} times faster than without a cache")
+print(
+    f"{sum(fast_seconds):.2f} s, {sum(slow_seconds) / sum(fast_seconds):.0f} times faster than without a cache"
+)
 
 # %% [markdown]
 # The same text? The cached model gets its numbers from products of other shapes, which round differently, so we compare
@@ -241,24 +283,37 @@ print(f"{sum(fast_seconds):.2f} s, {sum(slow_seconds) / sum(fast_seconds):.0f} t
 # %%
 torch.testing.assert_close(fast_tokens[:32], slow_tokens[:32])
 exact, caches64 = TinyLM().double().requires_grad_(False), [KVCache() for _ in range(3)]
-step_by_step = torch.cat([exact(token[None], caches64) for token in fast_tokens[:40]])  # (40, vocab_size)
+step_by_step = torch.cat(
+    [exact(token[None], caches64) for token in fast_tokens[:40]]
+)  # (40, vocab_size)
 torch.testing.assert_close(step_by_step, exact(fast_tokens[:40]), rtol=0, atol=1e-12)
 
-# %%
+# %% tags=["hide-input"]
 fig, ax = plt.subplots()
-for seconds, line, name in ((slow_seconds, "-", "recompute everything"), (fast_seconds, "--", "with a KV cache")):
-    smooth = torch.tensor(seconds[4:]).mul(1000).unfold(0, 25, 1).median(-1).values  # a running median of 25 steps
+for seconds, line, name in (
+    (slow_seconds, "-", "recompute everything"),
+    (fast_seconds, "--", "with a KV cache"),
+):
+    smooth = (
+        torch.tensor(seconds[4:]).mul(1000).unfold(0, 25, 1).median(-1).values
+    )  # a running median of 25 steps
     place = torch.arange(len(smooth)) + len(prompt) + 16
     ax.plot(place, smooth, line, label=name)
 ax.set(xlabel="tokens so far", ylabel="time for one more token (ms)", ylim=(0, None))
 ax.set_title("Without a cache, the cost of a new token climbs with the length")
 ax.legend(frameon=False)
-plt.show()
+looks.show(
+    fig,
+    alt="Milliseconds for one more token against the tokens so far. The solid curve, which "
+    "recomputes everything, climbs; the dashed one, with a cache, stays nearly flat.",
+)
 
 # %% [markdown]
 # Without a cache the time per token climbs with the length, because the whole text goes through every matrix again.
 # With a cache it stays nearly flat: one token goes through the matrices, and only `attend` still grows, since one query
 # meets all keys. At these lengths that part is too small to see; at the lengths of section 4 it decides.
+# (Single steps are timed here, and other programs run on the same machine: the curves are running medians of 25 steps,
+# and what is left of the wiggles and jumps is that disturbance. The trend is the point.)
 #
 # So the cache buys time with memory. How much memory?
 
@@ -274,7 +329,9 @@ plt.show()
 
 # %% claim="table-1-mha-cache"
 held = sum(cache.nbytes() for cache in caches)
-formula = 2 * 8 * 32 * 3 * 4 * (len(fast_tokens) - 1)  # the very last token was written but never read back in
+formula = (
+    2 * 8 * 32 * 3 * 4 * (len(fast_tokens) - 1)
+)  # the very last token was written but never read back in
 assert held == formula
 print(f"{held:,} bytes held, {formula:,} by the formula")
 
@@ -290,14 +347,22 @@ for piece in range(10):
     tokens_seen.append(len(caches[0].k))
     measured.append(sum(cache.nbytes() for cache in caches) / 2**20)
 
-# %%
+# %% tags=["hide-input"]
 fig, ax = plt.subplots()
-ax.plot(tokens_seen, measured, "o", label="measured: bytes of the cached tensors")
-ax.plot([0, 320], [0, 2 * 8 * 32 * 3 * 4 * 320 / 2**20], "--", color="black", label="formula: 6 KiB per token")
+mha = looks.of("mha").colour
+ax.plot(
+    tokens_seen, measured, "o", color=mha, label="measured: bytes of the cached tensors"
+)
+formula = [0, 2 * 8 * 32 * 3 * 4 * 320 / 2**20]
+ax.plot([0, 320], formula, ":", color=mha, label="formula: 6 KiB per token")
 ax.set(xlabel="tokens in the cache", ylabel="cache (MiB)")
 ax.set_title("The cache grows in a straight line")
 ax.legend(frameon=False)
-plt.show()
+looks.show(
+    fig,
+    alt="Ten measured sizes of the cache, from 32 to 320 tokens, lie on the straight line of "
+    "the formula, 6 KiB per token.",
+)
 
 # %% [markdown]
 # A few MiB are harmless. Now put real models into the same formula, with 2 bytes per number (float16 or bfloat16). The
@@ -315,25 +380,49 @@ def bytes_per_token(n_layer, n_head, d_head):
     return 2 * n_head * d_head * n_layer * 2
 
 
+rows = []
 for name, (*sizes, billions) in real_models.items():
     per_token = bytes_per_token(*sizes)
-    print(
-        f"{name:12} {per_token / 2**10:6,.0f} KiB per token; the cache weighs as much as the model"
-        f" at {2e9 * billions / per_token:8,.0f} tokens"
+    weights = 2e9 * billions
+    rows.append(
+        (
+            name,
+            f"{per_token / 2**10:,.0f}",
+            f"{weights / 1e9:.3g}",
+            f"{weights / per_token:,.0f}",
+        )
     )
+looks.table(
+    [
+        "",
+        "cache, KiB per token",
+        "weights, GB",
+        "tokens at which the cache weighs as much",
+    ],
+    rows,
+    caption="Three models with MHA, 16 bits per number",
+)
 
-# %%
+# %% tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(7, 4))
 context = torch.logspace(3, 6.3, 50)
 for (name, (*sizes, _)), line in zip(real_models.items(), ("-", "--", "-.")):
     gigabytes = bytes_per_token(*sizes) * context / 1e9
-    ax.loglog(context, gigabytes, line)
-    ax.annotate(name, (context[0], gigabytes[0]), (2, 8), textcoords="offset points", rotation=27)
-ax.axhline(80, color="black", lw=1, ls=":")
-ax.annotate("80 GB (one large GPU)", (1.05e3, 95))
-ax.set(xlabel="tokens held, over all sequences served at once", ylabel="KV cache (GB, 16 bits per number)")
+    ax.loglog(context, gigabytes, line, color=looks.of("mha").colour)
+    place = context[0], gigabytes[0]
+    ax.annotate(name, place, (2, 8), textcoords="offset points", rotation=27)
+ax.axhline(80, color=looks.COLOURS[1], lw=1, ls=":")
+ax.annotate("80 GB (one large GPU)", (1.05e3, 95), color=looks.COLOURS[1])
+ax.set(
+    xlabel="tokens cached, over all sequences served at once",
+    ylabel="KV cache (GB, 16 bits per number)",
+)
 ax.set_title("Real models: long contexts outgrow the GPU")
-plt.show()
+looks.show(
+    fig,
+    alt="Gigabytes of cache against cached tokens, three straight lines on logarithmic axes: "
+    "GPT-3 crosses the 80 GB of one large GPU first, then Llama 2 7B, then GPT-2 small.",
+)
 
 # %% [markdown]
 # The axis counts tokens of *all* sequences that are served at once: 32 users with 4,096 tokens each hold 131,072
@@ -348,7 +437,8 @@ plt.show()
 tokens_held = 32 * 4096
 gigabytes = bytes_per_token(32, 32, 128) * tokens_held / 1e9
 milliseconds = gigabytes / 3350 * 1000
-print(f"{gigabytes:.0f} GB to read for each step: at least {milliseconds:.0f} ms, whatever the arithmetic costs")
+print(f"{tokens_held:,} tokens: {gigabytes:.0f} GB to read for each step,")
+print(f"at least {milliseconds:.0f} ms, whatever the arithmetic costs")
 
 # %% [markdown]
 # So a smaller cache means more users, longer contexts *and* faster decoding. The question of the last years has been
@@ -360,23 +450,38 @@ print(f"{gigabytes:.0f} GB to read for each step: at least {milliseconds:.0f} ms
 # ### MQA and GQA: fewer key heads than query heads
 #
 # **Multi-query attention** (MQA) computes *one* key and *one* value per token, and all heads use them. **Grouped-query
-# attention** (GQA) is the dial between: `G` key and value heads, each shared by a group of `h / G` neighbouring query
-# heads. `G = h` is MHA, `G = 1` is MQA. A picture for 8 query heads:
+# attention** (GQA) is the dial between: $G$ key and value heads, each shared by a group of $h / G$ neighbouring query
+# heads. $G = h$ is MHA, $G = 1$ is MQA. A picture for 8 query heads:
 
-# %%
+# %% tags=["hide-input"]
 fig, axes = plt.subplots(1, 3, figsize=(6, 3), width_ratios=(8, 3, 3))
-for ax, groups, name in zip(axes, (8, 2, 1), ("MHA", "GQA, G = 2", "MQA")):
-    reads = torch.arange(8)[:, None] // (8 // groups) == torch.arange(groups)  # (query head, key head)
-    ax.imshow(reads, cmap="Greys", vmin=0, vmax=1.4)
-    ax.set(title=name, xticks=range(groups), yticks=range(8), xlabel="key head")
+for ax, groups, name in zip(axes, (8, 2, 1), ("mha", "gqa", "mqa")):
+    reads = torch.arange(8)[:, None] // (8 // groups) == torch.arange(groups)
+    ax.imshow(
+        reads.int(),
+        vmin=0,
+        cmap=ListedColormap(["#F2F2F2", looks.of(name).colour]),
+        vmax=1,
+    )
+    ax.set(
+        title=name.upper() + (", G = 2" if name == "gqa" else ""),
+        xticks=range(groups),
+        yticks=range(8),
+        xlabel="key head",
+    )
     ax.grid(False)
     ax.set_anchor("W")
 axes[0].set_ylabel("query head")
-fig.suptitle("Which key (and value) head each query head reads", x=0.02, ha="left", fontsize=12)
-plt.show()
+fig.suptitle("Which key (and value) head each query head reads", x=0.02, ha="left")
+looks.show(
+    fig,
+    alt="Grids of 8 query heads against key heads. MHA: a diagonal, each reads its own. "
+    "GQA with 2 key heads: the upper four read the first, the lower four the second. "
+    "MQA: all eight read the only one.",
+)
 
 # %% [markdown]
-# Dark squares are who reads whom. The cache holds one entry per *column*, so its size per token and layer is $2 G d_h$
+# Filled squares are who reads whom. The cache holds one entry per *column*, so its size per token and layer is $2 G d_h$
 # in place of $2 h d_h$.
 #
 # What is given up: heads of one group look at tokens through the same key. They are *not* identical, since their
@@ -402,11 +507,31 @@ print("cached per token:", c.shape[1], " in place of", 2 * heads * width)
 
 # %% [markdown]
 # Rebuilding all keys at each step would be slow: the whole past would go through `up_k` again. But a matrix in the
-# middle of a product can be moved to the other side, $q \cdot (c\,U) = (q\,U^\top) \cdot c$: transform the one query
-# rather than the many latents. One says that the up-projection is *absorbed* into the query.
+# middle of a product can be taken with either neighbour. Here is one head of ours, with its own up-projection $U$, and
+# the latents of the first 12 tokens:
+
+# %% tags=["hide-input"]
+query = torch.randn(heads, width, dtype=torch.float64)  # of one new token
+looks.show(
+    diagrams.two_orders(
+        (query[:1], up_k[:, 0].T, c[:12].T),
+        ("$q$", "$U^⊤$", "latents $c_s$ of 12 tokens", "logits"),
+        ("shown", "shown", "cached", "shown"),
+        ("shown", f"query first: {d_latent} numbers, once"),
+        ("never built", f"keys first:\n{width} numbers for each\ncached token"),
+    ),
+    alt="A query times an up-projection times the latents of 12 tokens, which are cached, "
+    "gives 12 logits. Above, the first two multiplied first: one absorbed query of 24 "
+    "numbers. Below, the last two multiplied first: 16 times 12 numbers of keys, hatched "
+    "because they need not be built.",
+)
+
+# %% [markdown]
+# From the right (below), all keys are rebuilt. From the left (above), the one query is transformed rather than the many
+# latents, $q\,(c_s U)^\top = (q\,U^\top)\, c_s^\top$. One says that the up-projection is *absorbed* into the query. For all
+# heads:
 
 # %%
-query = torch.randn(heads, width, dtype=torch.float64)  # of one new token
 rebuilt = torch.einsum("hd,thd->ht", query, k_mla)
 absorbed = torch.einsum("hd,chd->hc", query, up_k) @ c.T  # (h, d_c) @ (d_c, T)
 torch.testing.assert_close(absorbed, rebuilt, rtol=0, atol=1e-12)
@@ -425,13 +550,25 @@ torch.testing.assert_close(absorbed, rebuilt, rtol=0, atol=1e-12)
 # rows of many tokens: the rank of that stack says in how large a space the tokens' keys live.
 
 # %% tags=["nbval-check-output"] claim="sharing-is-low-rank"
-k_all = torch.randn(50, heads, width, dtype=torch.float64)  # MHA: every head its own key
+k_all = torch.randn(
+    50, heads, width, dtype=torch.float64
+)  # MHA: every head its own key
 k_gqa = k_all[:, ::4].repeat_interleave(4, dim=1)  # 2 keys, each for 4 heads
 k_mqa = k_all[:, :1].expand(-1, heads, -1)  # 1 key for all
-print("        one token   stack of 50 tokens")
-for name, keys in (("MHA", k_all), ("GQA", k_gqa), ("MQA", k_mqa), ("MLA", k_mla)):
-    one, stack = torch.linalg.matrix_rank(keys[0]), torch.linalg.matrix_rank(keys.flatten(1))
-    print(f"{name}   {int(one):9d} {int(stack):20d}")
+rank = torch.linalg.matrix_rank
+looks.table(
+    ["", "one token's keys", "stack of 50 tokens"],
+    [
+        (name, int(rank(keys[0])), int(rank(keys.flatten(1))))
+        for name, keys in (
+            ("MHA", k_all),
+            ("GQA", k_gqa),
+            ("MQA", k_mqa),
+            ("MLA", k_mla),
+        )
+    ],
+    caption="Rank of the keys",
+)
 
 # %% [markdown]
 # (Random keys, so every rank is as large as the mechanism allows: 8 × 16 matrices, 50 tokens.) Each mechanism saves
@@ -453,22 +590,25 @@ for name, keys in (("MHA", k_all), ("GQA", k_gqa), ("MQA", k_mqa), ("MLA", k_mla
 # notebooks 02 and 05 show why.
 
 # %% claim="table-1-cache-small"
-d_head = 64
-numbers = {
-    "MHA, 12 heads": 2 * 12 * d_head,
-    "TPA, 34 heads, ranks 2 and 2": (2 + 2) * (34 + d_head),
-    "MLA, 12 heads, latent 256 + 32": 256 + 32,
-    "GQA, 22 heads, G = 2": 2 * 2 * d_head,
-    "MQA, 23 heads": 2 * d_head,
+small = dict(d_model=768, d_head=64)
+layers = {
+    "MHA, 12 heads": Layer("mha", n_head=12, **small),
+    "TPA, 34 heads, ranks 2 and 2": Layer("tpa", n_head=34, **small),
+    "MLA, 12 heads, latent 256 + 32": Layer(
+        "mla", n_head=12, d_c=256, d_rope=32, **small
+    ),
+    "GQA, 22 heads, G = 2": Layer("gqa", n_head=22, n_kv_head=2, **small),
+    "MQA, 23 heads": Layer("mqa", n_head=23, **small),
 }
-fig, ax = plt.subplots(figsize=(7, 2.9))
-bars = ax.barh(list(numbers), list(numbers.values()), color=looks.COLOURS[0])
-ax.bar_label(bars, padding=4, fmt="{:,.0f}")
-ax.set(xlabel="numbers cached per token and layer", xlim=(0, 1800))
-ax.invert_yaxis()
-ax.grid(axis="y", visible=False)
-ax.set_title("MQA, GQA, MLA and TPA cache 3.9 to 12 times less than MHA")
-plt.show()
+cached = {name: layer.cached_numbers for name, layer in layers.items()}
+assert cached["TPA, 34 heads, ranks 2 and 2"] == (2 + 2) * (34 + 64)
+ratios = [f"{cached['MHA, 12 heads'] / number:.1f}" for number in cached.values()]
+print("MHA caches so many times as much:", dict(zip(layers, ratios)))
+looks.show(
+    diagrams.per_token_bars(layers),
+    alt="Bars of the numbers cached per token and layer: "
+    + ", ".join(f"{name}: {number:,}" for name, number in cached.items()),
+)
 
 # %% [markdown]
 # Read it soberly. TPA is **not** the smallest here: with 392 numbers it needs 3.9 times less than MHA's 1,536, and GQA,
@@ -526,13 +666,19 @@ checks.ex01_1(still_right)
 
 
 # %% tags=["exercise"]
-def longest_context(memory, weights, n_layer, n_kv_head, d_head, batch_size, bytes_per_number):
+def longest_context(
+    memory, weights, n_layer, n_kv_head, d_head, batch_size, bytes_per_number
+):
     raise NotImplementedError
 
 
 # %% tags=["solution"]
-def longest_context(memory, weights, n_layer, n_kv_head, d_head, batch_size, bytes_per_number):
-    per_token = 2 * n_kv_head * d_head * n_layer * bytes_per_number  # keys and values, all layers
+def longest_context(
+    memory, weights, n_layer, n_kv_head, d_head, batch_size, bytes_per_number
+):
+    per_token = (
+        2 * n_kv_head * d_head * n_layer * bytes_per_number
+    )  # keys and values, all layers
     return max(0, memory - weights) // (per_token * batch_size)
 
 
@@ -559,8 +705,12 @@ def attend_chunk(q, k, v):
     """q: (T, h, d_h); k, v: (M, h, d_h) with M >= T -> (T, h, d_h)."""
     T, M = len(q), len(k)
     logits = torch.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[-1])
-    ahead = torch.ones(T, M, dtype=torch.bool).triu(M - T + 1)  # query t stands at position M - T + t
-    return torch.einsum("hts,shd->thd", logits.masked_fill(ahead, -math.inf).softmax(-1), v)
+    ahead = torch.ones(T, M, dtype=torch.bool).triu(
+        M - T + 1
+    )  # query t stands at position M - T + t
+    return torch.einsum(
+        "hts,shd->thd", logits.masked_fill(ahead, -math.inf).softmax(-1), v
+    )
 
 
 # %%
@@ -583,7 +733,9 @@ def attend_grouped(q, k, v):
 def attend_grouped(q, k, v):
     """q: (T, h, d_h); k, v: (T, G, d_h) -> (T, h, d_h)."""
     share = q.shape[1] // k.shape[1]
-    return attend(q, k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1))
+    return attend(
+        q, k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    )
 
 
 # %%

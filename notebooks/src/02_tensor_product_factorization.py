@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpa_minimal.course import checks, looks
+from tpa_minimal.course import checks, diagrams, looks
 from tpa_minimal.experiments import data
 
 looks.style()
@@ -46,16 +46,17 @@ _ = torch.manual_seed(0)
 # the short lessons that this package can always make. It is a language model that has learned something, but a tiny
 # one. What we see in it need not hold for large models, so every conclusion from it is about *this* model.
 #
-# Its trunk (everything but the attention), `T6`, and `rms_norm` (RMSNorm, which scales each vector to mean square 1) are built in notebook 07; today
-# we only use them.
+# Its backbone (everything but the attention), `T6`, and `rms_norm` (RMSNorm, which scales each vector to mean square 1)
+# are built in notebook 07; today we only use them.
 
 # %%
 from tpa_minimal.baselines import MultiHeadAttention
-from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, rms_norm
+from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, apply_rope, rms_norm
 
 lessons = data.prepare("lessons", tokens=200_000, progress=False)
 n_head, d_head = 8, 16
-config = T6Config(vocab_size=lessons.vocab_size, n_layer=2, d_model=96, n_head=n_head, d_head=d_head, max_len=64)
+sizes = dict(n_layer=2, d_model=96, n_head=n_head, d_head=d_head, max_len=64)
+config = T6Config(vocab_size=lessons.vocab_size, **sizes)
 
 
 # %%
@@ -64,52 +65,88 @@ def train(attention, steps=150):
     model = T6(config, attention=attention)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.1, total_iters=steps)
+    losses = []
     for step in range(steps):
-        tokens, targets = lessons.batch("train", step, batch_size=16, seq_len=64, seed=0)
+        tokens, targets = lessons.batch(
+            "train", step, batch_size=16, seq_len=64, seed=0
+        )
         loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
-    return model.requires_grad_(False)
+        losses.append(loss.item())
+    return model.requires_grad_(False), losses
 
 
 held_out, held_out_targets = lessons.batch("val", 0, batch_size=32, seq_len=64, seed=0)
 
 
 def held_out_loss(model):
-    return F.cross_entropy(model(held_out).flatten(0, 1), held_out_targets.flatten()).item()
+    logits = model(held_out).flatten(0, 1)
+    return F.cross_entropy(logits, held_out_targets.flatten()).item()
 
 
 # %%
-mha = train(MultiHeadAttention)
+mha, _ = train(MultiHeadAttention)
 mha_loss = held_out_loss(mha)
 clueless = math.log(lessons.vocab_size)
-print(f"held-out loss {mha_loss:.2f}; guessing evenly would give ln {lessons.vocab_size} = {clueless:.2f}")
+print(f"held-out loss {mha_loss:.2f}")
+print(f"guessing evenly would give ln {lessons.vocab_size} = {clueless:.2f}")
 
 # %% [markdown]
 # Now the keys of the last layer, for some two thousand tokens of held-out text, and one of them as a picture:
 
 # %%
 x = mha.embedding(held_out)
-x = rms_norm(mha.blocks[0](x))  # what the last layer's attention gets to see: (32, 64, d_model)
-keys = mha.blocks[1].attention.k_proj(x).flatten(0, 1).unflatten(-1, (n_head, d_head))
+x = rms_norm(
+    mha.blocks[0](x)
+)  # what the last layer's attention sees: (32, 64, d_model)
+keys = mha.blocks[1].attention.k_proj(x).flatten(0, 1)
+keys = keys.unflatten(-1, (n_head, d_head))
 print(keys.shape)
 
-# %%
+# %% tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(6, 3))
 image = ax.imshow(keys[20], cmap="cividis")
-ax.set(xlabel="feature", ylabel="head", title="One token's keys: a matrix with a row for each head")
+ax.set(xlabel="feature", ylabel="head")
+ax.set_title("One token's keys: a matrix with a row for each head")
 ax.grid(False)
 fig.colorbar(image, label="value", shrink=0.8)
-plt.show()
+looks.show(
+    fig,
+    alt="A heat map of 8 rows, the heads, and 16 columns, the features: no pattern.",
+)
 
 # %% [markdown]
-# (Rotary position embedding turns each row by the same rotation afterwards. That changes neither the rank of a token's
+# (Rotary position embedding rotates each row by the same rotation afterwards. That changes neither the rank of a token's
 # matrix nor the error of its best fit, so we leave it out until notebook 03. It does matter where *many* tokens are
-# taken together, as in section 5, because each is turned differently.)
+# taken together, as in section 5, because each is rotated differently.)
 #
 # MHA caches this whole matrix, $h \cdot d_h$ numbers, and another one for the values. Must it?
+#
+# ### Where we are going
+#
+# Here is the same place in the same model, trained with TPA instead. Its keys are a matrix of the same shape, but made
+# in another way, and what is cached is what it is made of:
+
+# %%
+tpa, _ = train(TensorProductAttention)
+x_tpa = rms_norm(tpa.blocks[0](tpa.embedding(held_out)))
+a_k, b_k = tpa.blocks[1].attention.factors(x_tpa)[2:4]  # (B, T, R, h), (B, T, R, d_h)
+
+# %% tags=["hide-input"]
+looks.show(
+    diagrams.hero(a_k[0, 50], b_k[0, 50]),
+    alt="One token's keys, 8 heads by 16 features, as one half of the sum of two outer "
+    "products. The vectors a and b at the margins of each product are in colour: "
+    "2 times (8 + 16) = 48 numbers are cached. The products and the keys are hatched: "
+    "their 128 numbers are never built.",
+)
+
+# %% [markdown]
+# Each grey matrix is determined by the two coloured vectors at its margins: an entry is the product of the number at its
+# left and the number above it. The rest of this notebook takes the picture apart.
 
 # %% [markdown]
 # ## 2 · Outer products and rank
@@ -134,28 +171,44 @@ print(torch.outer(a, b))
 # $\min(h, d_h)$, where every matrix can be reached:
 
 # %%
-a = torch.stack((torch.linspace(1, -1, n_head), torch.tensor([0, 0, 1, 1, 1, 0, 0, 0])))  # (2, h)
-b = torch.stack((torch.linspace(0, 9, d_head).sin(), torch.linspace(-1, 1, d_head)))  # (2, d_h)
+a = torch.stack((torch.linspace(1, -1, n_head), torch.tensor([0, 0, 1, 1, 1, 0, 0, 0])))
+b = torch.stack((torch.linspace(0, 9, d_head).sin(), torch.linspace(-1, 1, d_head)))
 first, second = torch.outer(a[0], b[0]), torch.outer(a[1], b[1])
-fig, axes = plt.subplots(1, 3, figsize=(7, 2.1), sharey=True)
-for ax, matrix, name in zip(axes, (first, second, first + second), ("rank 1", "rank 1", "their sum: rank 2")):
-    ax.imshow(matrix, cmap="cividis")
-    ax.set(title=name, xlabel="feature")
-    ax.grid(False)
-    assert torch.linalg.matrix_rank(matrix) == int(name[-1])
-axes[0].set_ylabel("head")
-fig.suptitle("An outer product repeats one row, scaled; two of them make rank 2", x=0.02, ha="left", fontsize=12)
-plt.show()
+for matrix, its_rank in ((first, 1), (second, 1), (first + second, 2)):
+    assert torch.linalg.matrix_rank(matrix) == its_rank
+
+# %% tags=["hide-input"]
+fig, ax = diagrams.canvas(63, 14)
+for r, (left, product) in enumerate(((1, first), (23, second))):
+    diagrams.cells(ax, left, 5, a[r][:, None], "shown")
+    diagrams.cells(ax, left + 2, 3, b[r][None], "shown")
+    diagrams.cells(ax, left + 2, 5, product, "shown")
+    ax.text(left + 2, 1.5, f"$a_{r + 1} ⊗ b_{r + 1}$: rank 1", fontsize=11)
+diagrams.cells(ax, 45.5, 5, first + second, "shown")
+ax.text(45.5, 1.5, "their sum: rank 2", fontsize=11)
+for left, sign in ((20, "+"), (42.3, "=")):
+    ax.text(left, 9, sign, fontsize=18, va="center")
+looks.show(
+    diagrams.closed(fig),
+    alt="Two outer products, each with the vector a at its left and b above it: every row "
+    "of a product is b, scaled. Their sum has rows of more than one kind: rank 2.",
+)
 
 # %% [markdown]
 # With $R$ outer products, $R\,(h + d_h)$ numbers stand for $h \cdot d_h$. Whether that is less depends on the sizes:
 
-# %% tags=["nbval-check-output"]
-for h, d_h in ((8, 16), (12, 64), (64, 128)):
-    print(f"h={h}, d_h={d_h}: {h * d_h} numbers;", {R: R * (h + d_h) for R in (1, 2, 4, 8)}, "with R outer products")
+# %%
+looks.table(
+    ["h, d_h", "the matrix", "R = 1", "R = 2", "R = 4", "R = 8"],
+    [
+        (f"{h}, {d_h}", h * d_h, *(R * (h + d_h) for R in (1, 2, 4, 8)))
+        for h, d_h in ((8, 16), (12, 64), (64, 128))
+    ],
+    caption="Numbers for one matrix, and for R outer products",
+)
 
 # %% [markdown]
-# Rank 8 at h = 8, d_h = 16 costs *more* than the matrix itself. Many wide heads and a small rank are where this pays.
+# Rank 8 at $h = 8$, $d_h = 16$ costs *more* than the matrix itself. Many wide heads and a small rank are where this pays.
 
 # %% [markdown]
 # ## 3 · The best fit, and what it does not say
@@ -173,16 +226,24 @@ u, s, vh = torch.linalg.svd(keys[20], full_matrices=False)
 fit = (u[:, :2] * s[:2]) @ vh[:2]  # (h, 2) @ (2, d_h)
 torch.testing.assert_close((keys[20] - fit).square().sum(), s[2:].square().sum())
 
+# %% [markdown]
+# As a picture, for rank 2: the token's keys, their best fit, and what it misses; below, the two outer products that make
+# up the fit, each with its vectors at the margins (the dotted frames are the terms that are left out):
+
+
 # %%
-fig, axes = plt.subplots(2, 2, figsize=(7, 4), sharex=True, sharey=True)
-for ax, R in zip(axes.flat, (8, 1, 2, 4)):
-    ax.imshow((u[:, :R] * s[:R]) @ vh[:R], cmap="cividis", vmin=keys[20].min(), vmax=keys[20].max())
-    ax.set_title("the token's keys, rank 8" if R == 8 else f"best fit of rank {R}: {R * 24} numbers")
-    ax.grid(False)
-fig.suptitle("Each further outer product brings back more of the keys", x=0.02, ha="left", fontsize=12)
-fig.supxlabel("feature", fontsize=10.5)
-fig.supylabel("head", fontsize=10.5)
-plt.show()
+def fit_of_rank(rank):
+    return diagrams.best_fit(keys[20], rank)
+
+
+looks.show(*fit_of_rank(rank=2))
+
+# %% [markdown]
+# Move the rank from 1 to 8 (with the mouse, or with the arrow keys): each further outer product brings back more of the
+# keys, and is paler than the one before.
+
+# %%
+looks.control(fit_of_rank, rank=(1, 8, 2))
 
 # %% [markdown]
 # Now for all tokens. A curve of errors means nothing without something to compare it with, since *every* matrix is
@@ -197,15 +258,34 @@ def error_by_rank(matrices):
     return (missed.clamp(min=0) / energy.sum()).sqrt()
 
 
+noise = torch.randn(2000, n_head, d_head)
+errors = {
+    "pure noise": error_by_rank(noise),
+    "keys of the trained MHA": error_by_rank(keys),
+}
+print(
+    {
+        name: [round(error.item(), 2) for error in curve]
+        for name, curve in errors.items()
+    }
+)
+
+# %% tags=["hide-input"]
 fig, ax = plt.subplots()
-ax.plot(error_by_rank(torch.randn(2000, n_head, d_head)), "s--", color="black", label="pure noise")
-ax.plot(error_by_rank(keys), "o-", label="keys of the trained MHA")
+ax.plot(errors["pure noise"], "s--", color=looks.COLOURS[4], label="pure noise")
+mha_look = looks.of("mha").line_style()
+ax.plot(errors["keys of the trained MHA"], **mha_look, label="keys of the trained MHA")
 ax.set(
-    xlabel="rank R of the fit (48 numbers per token at R = 2, all 128 for MHA)", ylabel="relative error of the best fit"
+    xlabel="rank R of the fit (24 numbers per token for each; all of MHA's keys: 128)",
+    ylabel="relative error of the best fit",
 )
 ax.set_title("These keys are hardly easier to fit than noise")
 ax.legend(frameon=False)
-plt.show()
+looks.show(
+    fig,
+    alt="Relative error of the best fit against its rank, from 1 at rank 0 to 0 at rank 8. "
+    "The curve of the trained keys lies only a little below that of pure noise.",
+)
 
 # %% [markdown]
 # A sobering picture, and worth a pause. A trained MHA model has been given no reason to keep its keys low-rank, and
@@ -218,18 +298,27 @@ plt.show()
 # %%
 def cut(flat, R):
     """The best rank-R fit of every token's matrix: (..., h · d_h) -> the same shape."""
-    u, s, vh = torch.linalg.svd(flat.unflatten(-1, (n_head, d_head)), full_matrices=False)
+    matrices = flat.unflatten(-1, (n_head, d_head))
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
     return ((u[..., :R] * s[..., None, :R]) @ vh[..., :R, :]).flatten(-2)
 
 
 cut_loss = {}
 for R in (1, 2, 3, 4, 6, 8):
-    projections = [p for block in mha.blocks for p in (block.attention.k_proj, block.attention.v_proj)]
-    hooks = [p.register_forward_hook(lambda _, __, out, R=R: cut(out, R)) for p in projections]
+    layers = [block.attention for block in mha.blocks]
+    projections = [p for layer in layers for p in (layer.k_proj, layer.v_proj)]
+    hooks = [
+        p.register_forward_hook(lambda _, __, out, R=R: cut(out, R))
+        for p in projections
+    ]
     cut_loss[R] = held_out_loss(mha)
     for hook in hooks:
         hook.remove()
-print({R: round(loss, 2) for R, loss in cut_loss.items()}, " uncut:", round(mha_loss, 2))
+looks.table(
+    ["cut to rank", *map(str, cut_loss), "uncut"],
+    [("loss", *(f"{loss:.2f}" for loss in cut_loss.values()), f"{mha_loss:.2f}")],
+    caption="Held-out loss of the MHA model with its keys and values cut",
+)
 
 # %% [markdown]
 # At full rank nothing is lost, and at rank 1 or 2 a good deal is. **So TPA is not meant as a way to compress a trained
@@ -253,18 +342,17 @@ print({R: round(loss, 2) for R, loss in cut_loss.items()}, " uncut:", round(mha_
 # $$\boxed{\; Q_t = \frac{1}{R_Q} \sum_{r=1}^{R_Q} a^Q_r(x_t) \otimes b^Q_r(x_t) \;}$$
 #
 # with keys and values likewise, by their own maps and ranks $R_K$ and $R_V$. In words: *the token itself decides which
-# heads get which features*. We keep the factors rank-major, as the paper does: $A$ with one row per $a_r$ is
-# $R \times h$, $B$ is $R \times d_h$. (In shape comments `B` is the batch; in formulas and code it is the matrix of
-# feature factors.)
+# heads get which features*. We keep the factors rank-major, as the paper does: $A_Q$ with one row per $a^Q_r$ is
+# $R_Q \times h$, and $B_Q$ is $R_Q \times d_h$. In code they are `a` and `b`.
 
 # %%
-rank = 2
-W_a = torch.randn(rank * n_head, config.d_model, dtype=torch.float64) / math.sqrt(config.d_model)
-W_b = torch.randn(rank * d_head, config.d_model, dtype=torch.float64) / math.sqrt(config.d_model)
-tokens_in = x[:2, :5].double()  # (B, T, d_model): 2 sequences, 5 tokens each
-A = F.linear(tokens_in, W_a).unflatten(-1, (rank, n_head))  # (B, T, R, h)
-B = F.linear(tokens_in, W_b).unflatten(-1, (rank, d_head))  # (B, T, R, d_h)
-print(A.shape, B.shape)
+rank, d_model = 2, config.d_model
+W_a = torch.randn(rank * n_head, d_model, dtype=torch.float64) / math.sqrt(d_model)
+W_b = torch.randn(rank * d_head, d_model, dtype=torch.float64) / math.sqrt(d_model)
+tokens_in = x[:2, :5].double()  # (batch, T, d_model): 2 sequences, 5 tokens each
+a = F.linear(tokens_in, W_a).unflatten(-1, (rank, n_head))  # (batch, T, R, h)
+b = F.linear(tokens_in, W_b).unflatten(-1, (rank, d_head))  # (batch, T, R, d_h)
+print(a.shape, b.shape)
 
 # %% [markdown]
 # Three ways to write the same sum: literally; as an `einsum`; and as a matrix product, because summing $a_{ri} b_{re}$
@@ -272,12 +360,12 @@ print(A.shape, B.shape)
 
 # %% claim="eq-3.1"
 literally = torch.zeros(2, 5, n_head, d_head, dtype=torch.float64)
-for i in range(2):
+for n in range(2):
     for t in range(5):
         for r in range(rank):
-            literally[i, t] += torch.outer(A[i, t, r], B[i, t, r]) / rank
-by_einsum = torch.einsum("btrh,btrd->bthd", A, B) / rank
-by_product = A.mT @ B / rank
+            literally[n, t] += torch.outer(a[n, t, r], b[n, t, r]) / rank
+by_einsum = torch.einsum("btrh,btrd->bthd", a, b) / rank
+by_product = a.mT @ b / rank
 torch.testing.assert_close(by_einsum, literally, rtol=0, atol=1e-12)
 torch.testing.assert_close(by_product, literally, rtol=0, atol=1e-12)
 
@@ -289,43 +377,112 @@ torch.testing.assert_close(by_product, literally, rtol=0, atol=1e-12)
 # {{tpa: assemble}}
 
 # %%
-torch.testing.assert_close(assemble(A, B), literally, rtol=0, atol=1e-12)
-assert all(torch.linalg.matrix_rank(matrix) <= rank for matrix in assemble(A, B).flatten(0, 1))
+assembled = assemble(a, b)
+torch.testing.assert_close(assembled, literally, rtol=0, atol=1e-12)
+assert (torch.linalg.matrix_rank(assembled) <= rank).all()
 
 # %% [markdown]
 # ### Does training arrange itself with a low rank?
 #
-# Same trunk, same data, same number of steps and of heads; only the attention is TPA now, with $R_Q = 6$,
-# $R_K = R_V = 2$ (the paper's ranks). Its cache holds $(2+2)(8+16) = 96$ numbers per token and layer, MHA's 256. (The
-# layer is built in notebook 05; we borrow it.)
+# Same backbone, same data, same number of steps and of heads; only the attention of the TPA model of section 1 is another
+# one, with $R_Q = 6$, $R_K = R_V = 2$ (the paper's ranks). Its cache holds $(2+2)(8+16) = 96$ numbers per token and
+# layer, MHA's $2 \cdot 8 \cdot 16 = 256$. (The layer is built in notebook 05; we borrow it.)
 
 # %%
-tpa = train(TensorProductAttention)
 tpa_loss = held_out_loss(tpa)
-print(f"MHA {mha_loss:.2f}, the same MHA cut to rank 2 {cut_loss[2]:.2f}, TPA trained with rank 2 {tpa_loss:.2f}")
+count = {"MHA": mha.num_parameters(), "TPA": tpa.num_parameters()}
+print(
+    "weights:",
+    count,
+    f" cache: MHA {2 * 8 * 16 / ((2 + 2) * (8 + 16)):.1f} times TPA's",
+)
+print(
+    f"MHA {mha_loss:.2f}, cut to rank 2 {cut_loss[2]:.2f}; TPA of rank 2 {tpa_loss:.2f}"
+)
 
-# %%
+# %% tags=["hide-input"]
 fig, ax = plt.subplots()
-ax.plot(list(cut_loss), list(cut_loss.values()), "o-", label="MHA, K and V cut after training")
-ax.axhline(mha_loss, color="black", ls=":", label="MHA, uncut")
-ax.plot([2], [tpa_loss], "D", ms=9, color=looks.COLOURS[1], label="TPA, trained with rank 2")
-ax.set(xlabel="rank of each token's keys and values", ylabel="held-out loss (nats per token)")
+ax.plot(*zip(*cut_loss.items()), **mha_look, label="MHA, K and V cut after training")
+ax.axhline(mha_loss, color=looks.of("mha").colour, ls=":", label="MHA, uncut")
+tpa_look = looks.of("tpa").line_style()
+ax.plot([2], [tpa_loss], **tpa_look, ms=10, label="TPA, trained with rank 2")
+ax.set(
+    xlabel="rank of each token's keys and values",
+    ylabel="held-out loss (nats per token)",
+)
 ax.set_title("In this run training with rank 2 beats cutting to rank 2")
 ax.legend(frameon=False)
-plt.show()
+looks.show(
+    fig,
+    alt="Held-out loss against the rank of keys and values. The curve of the MHA model that "
+    "is cut after training falls with the rank to the level of the uncut one. The point of "
+    "TPA, trained with rank 2, lies below the curve at rank 2 and above the uncut level.",
+)
 
 # %% [markdown]
 # Trained within rank 2, the model does better than an MHA cut to rank 2 afterwards, from the same number of steps and
-# with somewhat fewer weights. Take it as an illustration, not as evidence: it is a toy run of seconds. With three seeds
-# TPA was ahead by 0.05 to 0.10 nats; with 120 steps in place of 150 and a slightly lower learning rate the two were
-# level. And TPA does *not* reach the uncut MHA here, which caches 2.7 times as much. The paper's comparison at 124M
-# parameters and 50 billion tokens, with as many *parameters* on both sides, ends in a tie (46.19 for MHA, 46.21 for
-# TPA; single runs).
+# with somewhat fewer weights. Take it as an illustration, not as evidence: it is one seed of a toy run of seconds, and
+# another seed, rate or number of steps moves such small differences. And TPA does *not* reach the uncut MHA here, which
+# caches 2.7 times as much. The paper's comparison at 124M parameters and 50 billion tokens, with as many *parameters* on
+# both sides, ends in a tie (46.19 for MHA, 46.21 for TPA; single runs).
 
 # %% [markdown]
 # ## 5 · Contextual is not static: LoRA, MLA, and fixed factors
 #
-# "Low rank" appears in several methods, and they are easily mixed up. **LoRA** fine-tunes a weight matrix by adding a
+# Which matrix is it that has a low rank? The keys of one sequence form a block of numbers, tokens × heads × features, and
+# it can be cut in three ways. Here are the keys of 24 tokens of the TPA model, and what the singular values of one slice
+# of each kind say (a matrix has as many above zero as its rank):
+
+# %% tags=["hide-input"]
+sequence = assemble(a_k.double(), b_k.double())[0, :24]  # (T, h, d_h)
+looks.show(
+    diagrams.cube(sequence, rank=2),
+    alt="A cube of keys, 24 tokens deep, 8 heads high and 16 features wide, with a slice of "
+    "each kind outlined. The slice of one token, heads by features, has 2 singular values "
+    "above zero. That of one head, tokens by features, has 16, and that of one feature, "
+    "tokens by heads, has 8: as many as fit.",
+)
+
+# %%
+rank = torch.linalg.matrix_rank
+cuts = {  # the slices, and the unfolding that puts them side by side
+    "token": (sequence, sequence.transpose(0, 1).flatten(1)),  # h × (T · d_h)
+    "head": (
+        sequence.transpose(0, 1),
+        sequence.movedim(2, 0).flatten(1),
+    ),  # d_h × (T · h)
+    "feature": (sequence.movedim(2, 0), sequence.flatten(1)),  # T × (h · d_h)
+}
+looks.table(
+    [
+        "one slice for each",
+        "slices",
+        "size of each",
+        "largest rank",
+        "unfolding",
+        "its rank",
+    ],
+    [
+        (
+            name,
+            len(slices),
+            " × ".join(map(str, slices.shape[1:])),
+            int(rank(slices).max()),
+            " × ".join(map(str, unfolding.shape)),
+            int(rank(unfolding)),
+        )
+        for name, (slices, unfolding) in cuts.items()
+    ],
+    caption="Rank of the slices, and of the unfolding that puts all slices side by side",
+)
+
+# %% [markdown]
+# **Only the slice of one token is bounded by $R$**, because only there all rows are combinations of the same $R$ vectors
+# $b_r$. One head over the sequence (this is the matrix that a query of that head meets) is made of a *new* pair of
+# vectors at each token, so its rank goes as high as its size allows. The unfoldings, which put all slices of a kind side
+# by side, have the full rank that their shorter side allows. Low rank for each token is not low rank for the text.
+#
+# "Low rank" appears in several other methods, and they are easily mixed up. **LoRA** fine-tunes a weight matrix by adding a
 # product of two thin ones (here of rank 2), $W + U V$. Its factors $U$ and $V$ are *weights*: the same for all tokens.
 # What is short there is the list of trained parameters. Does it make a token's key matrix low-rank? Let us ask, with
 # 200 tokens of width 64:
@@ -333,14 +490,22 @@ plt.show()
 # %% tags=["nbval-check-output"] claim="contextual-vs-static"
 xs = torch.randn(200, 64, dtype=torch.float64)
 W = torch.randn(64, n_head * d_head, dtype=torch.float64)
-U, V = torch.randn(64, 2, dtype=torch.float64), torch.randn(2, n_head * d_head, dtype=torch.float64)
-A = (xs @ torch.randn(64, 2 * n_head, dtype=torch.float64)).unflatten(-1, (2, n_head))
-B = (xs @ torch.randn(64, 2 * d_head, dtype=torch.float64)).unflatten(-1, (2, d_head))
-stacks = {"full W": xs @ W, "LoRA: W + UV": xs @ (W + U @ V), "UV alone": xs @ U @ V, "TPA": assemble(A, B).flatten(1)}
-print("rank of           one token's K    K of 200 tokens, stacked")
-for name, stack in stacks.items():
-    one = torch.linalg.matrix_rank(stack[0].view(n_head, d_head))
-    print(f"{name:14}  {int(one):15d} {int(torch.linalg.matrix_rank(stack)):26d}")
+U, V = (
+    torch.randn(64, 2, dtype=torch.float64),
+    torch.randn(2, n_head * d_head, dtype=torch.float64),
+)
+a = (xs @ torch.randn(64, 2 * n_head, dtype=torch.float64)).unflatten(-1, (2, n_head))
+b = (xs @ torch.randn(64, 2 * d_head, dtype=torch.float64)).unflatten(-1, (2, d_head))
+stacks = {"full W": xs @ W, "LoRA: W + UV": xs @ (W + U @ V), "UV alone": xs @ U @ V}
+stacks["TPA"] = assemble(a, b).flatten(1)
+looks.table(
+    ["", "one token's keys", "keys of 200 tokens, stacked"],
+    [
+        (name, int(rank(stack[0].view(n_head, d_head))), int(rank(stack)))
+        for name, stack in stacks.items()
+    ],
+    caption="Rank",
+)
 
 # %% [markdown]
 # Read the columns separately; they are two different notions of "low rank".
@@ -355,12 +520,39 @@ for name, stack in stacks.items():
 # Which restriction suits a given model better is an empirical question. For the MHA that we trained in section 1 we can
 # ask the SVD: how well do its keys fit each kind, at 48 numbers per token?
 
+
 # %%
-flat = torch.linalg.svdvals(keys.flatten(1)).square()  # one fixed subspace for the flattened keys, as in MLA
-fixed_a = torch.linalg.svdvals(keys.mT.flatten(0, 1)).square()  # fixed head factors: store R · d_h numbers
-print(f"each token its own rank-2 matrix (48 numbers): error {error_by_rank(keys)[2]:.2f}")
-print(f"3 head factors fixed for all tokens (48):      error {(fixed_a[3:].sum() / fixed_a.sum()).sqrt():.2f}")
-print(f"one fixed 48-dimensional space, as MLA's (48): error {(flat[48:].sum() / flat.sum()).sqrt():.2f}")
+def missed(matrix, R):
+    """Relative error of the best fit of rank R of one matrix."""
+    energy = torch.linalg.svdvals(matrix).square()
+    return (energy[R:].sum() / energy.sum()).sqrt().item()
+
+
+rotated = apply_rope(
+    keys.view(32, 64, n_head, d_head), *mha.blocks[1].attention.rope.tables(0, x)
+)
+looks.table(
+    ["", "relative error"],
+    [
+        (
+            "each token its own rank-2 matrix",
+            f"{errors['keys of the trained MHA'][2]:.2f}",
+        ),
+        (
+            "3 head factors fixed for all tokens",
+            f"{missed(keys.mT.flatten(0, 1), 3):.2f}",
+        ),
+        (
+            "one fixed 48-dimensional space, as MLA's",
+            f"{missed(keys.flatten(1), 48):.2f}",
+        ),
+        (
+            "the same, for rotated keys",
+            f"{missed(rotated.flatten(0, 1).flatten(1), 48):.2f}",
+        ),
+    ],
+    caption="Best fit of the trained MHA's keys with 48 numbers per token",
+)
 
 # %% [markdown]
 # Own factors for each token fit a little better than head factors that are fixed for all; the paper calls the latter
@@ -368,13 +560,13 @@ print(f"one fixed 48-dimensional space, as MLA's (48): error {(flat[48:].sum() /
 # best fit of *this* MHA's keys is a fixed subspace across all heads. That suits them: they are linear in $x_t$, which
 # has 96 entries, so all keys lie in 96 dimensions, and 48 are half of what is possible. Whoever wants to convert *this*
 # MHA would look at MLA first. TPA is meant to be trained as TPA. (All this is before RoPE. Rotated keys do not lie in one
-# such space: the same fit then misses 0.27. So MLA has to keep its latent unrotated; notebook 03, section 7.)
+# such space, as the last row shows. So MLA has to keep its latent unrotated; notebook 03, section 7.)
 
 # %% [markdown]
 # ## 6 · The configuration, and the parameters counted
 #
 # All sizes of a model live in one immutable object that says no to what cannot work: a mistake in a size is cheapest to
-# find before the model exists. Note that `n_head * d_head` need **not** equal `d_model`: TPA often has many more heads
+# find before the model exists. Note that $h \cdot d_h$ need **not** equal $d_\text{model}$: TPA often has many more heads
 # than MHA could pay for. (SwiGLU, whose width is `d_ff`, is the feed-forward part of a block: notebook 07.)
 
 # %% tags=["tpa"]
@@ -391,22 +583,24 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# Now count the layer's weights. Each of the three (Q, K, V) has $R$ maps from `d_model` to $h$ and $R$ from `d_model`
-# to $d_h$. The output matrix takes the concatenated heads back:
+# Now count the layer's weights. Queries, keys and values each have $R$ maps from $d_\text{model}$ to $h$ and $R$ from
+# $d_\text{model}$ to $d_h$. The output projection takes the concatenated heads back:
 #
 # $$d_\text{model}\,(R_Q + R_K + R_V)(h + d_h) \;+\; d_\text{model}\, h\, d_h .$$
 
 # %% claim="table-1-parameters"
 small = T6Config.preset("small-124M")
-factors = small.d_model * (small.rank_q + small.rank_k + small.rank_v) * (small.n_head + small.d_head)
+ranks = small.rank_q + small.rank_k + small.rank_v
+factors = small.d_model * ranks * (small.n_head + small.d_head)
 output = small.d_model * small.n_head * small.d_head
 layer = TensorProductAttention(small)
 assert sum(p.numel() for p in layer.parameters()) == factors + output
-print(f"factors {factors:,} + output {output:,} = {factors + output:,};  MHA with 12 heads: {4 * 768**2:,}")
+print(f"factors {factors:,} + output {output:,} = {factors + output:,}")
+print(f"MHA with 12 heads: {4 * 768**2:,}")
 
 # %% [markdown]
 # That is how the paper arrives at 34 heads for its small model: the factor maps are so small that 34 heads of width 64
-# cost about as much as MHA's 12. Most of the weights now sit in the output matrix.
+# cost about as much as MHA's 12. Most of the weights now sit in the output projection.
 
 # %% [markdown]
 # ## 7 · How large should the numbers be at the start?
@@ -417,7 +611,7 @@ print(f"factors {factors:,} + output {output:,} = {factors + output:,};  MHA wit
 # **Weights.** Uniform on $(-\beta, \beta)$, which has variance $\beta^2/3$. Xavier's rule, meant to keep variances
 # alike from layer to layer, sets $\beta = \sqrt{6 / (n_\text{in} + n_\text{out})}$.
 #
-# **Factors.** An entry of $a$ sums `d_model` products of a weight and an entry of $x$, so
+# **Factors.** An entry of $a$ sums $d_\text{model}$ products of a weight and an entry of $x$, so
 # $\operatorname{var} a = d_\text{model}\, \beta_a^2 / 3$. The same for $b$, with its own $\beta_b$.
 #
 # **Queries.** An entry of $Q_t$ is $\frac1R \sum_r a_r b_r$: a sum of $R$ independent terms of variance
@@ -429,37 +623,13 @@ print(f"factors {factors:,} + output {output:,} = {factors + output:,};  MHA wit
 # The division makes the sum a *mean*, so more ranks give smaller queries, not larger ones. From there to the logits is
 # exercise 4; here we measure.
 #
-# Which $n_\text{in}$ and $n_\text{out}$? App. G of the paper takes the layer's own: $n_\text{in}$ = `d_model`, and
-# $n_\text{out} = R h$ or $R d_h$, all ranks being one matrix. The authors' code instead hands torch a
-# *three-dimensional view* of the weight, and torch's Xavier then multiplies one axis into both counts. The difference
-# is large:
-
-# %% claim="app-g-initialization"
-d_model, h, d_h, R = 128, 8, 32, 6
-for name, shape in (("a", (d_model, h, R)), ("b", (d_model, R, d_h))):
-    width = h if name == "a" else d_h
-    as_matrix = nn.init.xavier_uniform_(torch.empty(d_model, R * width)).abs().max()
-    as_view = nn.init.xavier_uniform_(torch.empty(shape)).abs().max()
-    print(
-        f"W_{name} of the queries: largest entry {as_matrix:.3f} by App. G, {as_view:.3f} by the three-dimensional view"
-    )
-
-# %% [markdown]
-# We offer both, the paper's formula being the default. A smaller start is a choice that many models make; one only has
-# to know which one runs.
+# Which $n_\text{in}$ and $n_\text{out}$? App. G of the paper takes the layer's own: $n_\text{in} = d_\text{model}$, and
+# $n_\text{out} = R h$ or $R d_h$, all ranks being one matrix. The authors' code computes smaller bounds, for a reason
+# that the appendix of this notebook explains. We offer both, the paper's formula being the default. A smaller start is
+# a choice that many models make; one only has to know which one runs.
 
 # %% tags=["tpa"]
 # {{tpa: factor_bound}}
-
-# %% [markdown]
-# The last axis of their view is the rank for a head factor and the feature for a feature factor. Torch takes all axes
-# after the second as a "receptive field", which it multiplies into both the fan-in and the fan-out. (`n_out` already
-# contains `rank * width`, so only `n_in` changes.) It agrees with what torch does:
-
-# %%
-for init in ("paper", "authors"):
-    c = T6Config(vocab_size=100, n_layer=1, d_model=d_model, n_head=h, d_head=d_h, rank_q=R, init=init)
-    print(f"{init:8} {factor_bound(c, R, h, True):.3f} for W_a, {factor_bound(c, R, d_h, False):.3f} for W_b")
 
 # %% [markdown]
 # ### Measured in the real layer
@@ -474,36 +644,90 @@ def logits_at_the_start(init):
     torch.manual_seed(0)
     config = T6Config.preset("small-124M", init=init)
     with torch.no_grad():
-        a_q, b_q, a_k, b_k, _, _ = TensorProductAttention(config).factors(rms_norm(torch.randn(1, 256, 768)))
-    return torch.einsum("bthd,bshd->hts", assemble(a_q, b_q), assemble(a_k, b_k)) / math.sqrt(config.d_head)
+        x = rms_norm(torch.randn(1, 256, 768))
+        a_q, b_q, a_k, b_k, _, _ = TensorProductAttention(config).factors(x)
+    q, k = assemble(a_q, b_q), assemble(a_k, b_k)
+    return torch.einsum("bthd,bshd->hts", q, k) / math.sqrt(config.d_head)
 
 
 # %%
-start = {"authors' code": logits_at_the_start("authors"), "paper, App. G": logits_at_the_start("paper")}
-start |= {f"{name}, without 1/R": logits * 6 * 2 for name, logits in start.items()}  # R_Q for queries, R_K for keys
-for name, logits in start.items():
-    print(f"{name:27} standard deviation of the logits {logits.std():.3f}")
+start = {"authors' code": logits_at_the_start("authors")}
+start["paper, App. G"] = logits_at_the_start("paper")
+for name, logits in list(start.items()):
+    start[f"{name}, without 1/R"] = logits * 6 * 2  # R_Q for queries, R_K for keys
+looks.table(
+    ["", "standard deviation"],
+    [(name, f"{logits.std():.3f}") for name, logits in start.items()],
+    caption="Logits of a new layer of the paper's small size",
+)
 
 # %% [markdown]
 # What does that mean for attention? Sort the weights that a query gives to 256 keys from the largest to the smallest,
 # and average over all queries and heads:
 
-# %%
+# %% tags=["hide-input"]
 fig, ax = plt.subplots()
 for (name, logits), line in zip(start.items(), ("-", "--", ":", "-.")):
     weights = logits.softmax(-1).sort(-1, descending=True).values.mean((0, 1))  # (256,)
     ax.loglog(range(1, 257), weights, line, label=name)
-ax.set(xlabel="keys, from the most to the least attended", ylabel="attention weight", ylim=(1e-5, 1.5))
+ax.set(xlabel="keys, from the most to the least attended", ylabel="attention weight")
+ax.set_ylim(1e-5, 1.5)
 ax.set_title("With App. G's bounds and no 1/R, attention is decided before training")
 ax.legend(frameon=False, loc="lower left")
-plt.show()
+looks.show(
+    fig,
+    alt="Attention weight against the order of the keys. With the authors' bounds both curves "
+    "are flat at one in 256. With App. G's the curve falls gently; without 1/R it falls "
+    "steeply from near 1: a single key takes most of the weight.",
+)
 
 # %% [markdown]
 # With the authors' start every key gets about 1/256, with the $1/R$ or without: attention begins as a plain average.
 # With the paper's formula it leans, but no key dominates. Leave the $1/R$ out there, and a single key takes most of the
-# weight, by chance; a softmax that is nearly one-hot passes hardly any gradient to the others. So with App. G's bounds
-# this is a reason for the $1/R$, and with the authors' start it is none. The division costs no generality: in notebook
-# 04 MHA is exactly a TPA, its constants simply undo the $1/R$.
+# weight, by chance; a softmax that is nearly one-hot passes hardly any gradient to the others.
+#
+# Does that harm? We train the small model of section 1 for 100 steps, with App. G's bounds, with the division and
+# without it:
+
+
+# %%
+class WithoutDivision(TensorProductAttention):
+    """TPA whose queries, keys and values are sums of outer products, not means."""
+
+    def factors(self, x, start=0, rope=None):
+        a_q, b_q, a_k, b_k, a_v, b_v = super().factors(x, start, rope)
+        c = self.config
+        return a_q * c.rank_q, b_q, a_k * c.rank_k, b_k, a_v * c.rank_v, b_v
+
+
+curves, ends = {}, {}
+for name, attention in (("1/R", TensorProductAttention), ("no 1/R", WithoutDivision)):
+    model, curves[name] = train(attention, steps=100)
+    ends[name] = held_out_loss(model)
+print(
+    {name: f"held-out loss {loss:.2f} after 100 steps" for name, loss in ends.items()}
+)
+
+# %% tags=["hide-input"]
+fig, ax = plt.subplots()
+for (name, losses), line, colour in zip(curves.items(), ("-", "--"), looks.COLOURS):
+    ax.plot(range(1, 101), losses, line, color=colour, label=name)
+ax.set(xlabel="step", ylabel="loss on the training batch (nats per token)")
+ax.set_title("The same rate and batches: without 1/R it learns later and less")
+ax.legend(frameon=False)
+looks.show(
+    fig,
+    alt="Training loss over 100 steps. With 1/R it falls quickly to between 2 and 3 nats. "
+    "Without, it stays far above for all 100 steps.",
+)
+
+# %% [markdown]
+# At this learning rate the model without the division stays far behind: its attention has decided before it has learned
+# what to look at. That is no proof that it cannot be trained; a smaller start, such as the authors', or another rate may
+# do in place of the $1/R$. With App. G's bounds the division is what makes the start gentle.
+#
+# The division costs no generality: in notebook 04 MHA is exactly a TPA whose head factors are fixed, and its constants
+# simply undo the $1/R$.
 
 # %% [markdown]
 # ## Exercises
@@ -542,7 +766,9 @@ def largest_rank_that_saves(h, d_h):
 
 # %% tags=["solution"]
 def largest_rank_that_saves(h, d_h):
-    return (h * d_h - 1) // (h + d_h)  # R (h + d_h) < h d_h; the factor 2 stands on both sides
+    return (h * d_h - 1) // (
+        h + d_h
+    )  # R (h + d_h) < h d_h; the factor 2 stands on both sides
 
 
 # %%
@@ -600,14 +826,49 @@ def logit_std(config):
 def logit_std(config):
     variance = 1.0  # of q · k / √d_h: d_h products of variance var(q) var(k) each, divided by d_h
     for rank in (config.rank_q, config.rank_k):
-        var_a = config.d_model * factor_bound(config, rank, config.n_head, True) ** 2 / 3
-        var_b = config.d_model * factor_bound(config, rank, config.d_head, False) ** 2 / 3
+        var_a = (
+            config.d_model * factor_bound(config, rank, config.n_head, True) ** 2 / 3
+        )
+        var_b = (
+            config.d_model * factor_bound(config, rank, config.d_head, False) ** 2 / 3
+        )
         variance *= var_a * var_b / rank
     return math.sqrt(variance)
 
 
 # %%
 checks.ex02_4(logit_std)
+
+# %% [markdown]
+# ## Appendix · The fan-in of a three-dimensional view
+#
+# Why are the authors' bounds smaller? Their code hands torch a *three-dimensional view* of each weight. Torch takes all
+# axes after the second as a "receptive field", which it multiplies into both the fan-in and the fan-out:
+
+# %% claim="app-g-initialization"
+d_model, h, d_h, R = 128, 8, 32, 6
+bounds = []
+for name, shape in (("a", (d_model, h, R)), ("b", (d_model, R, d_h))):
+    width = h if name == "a" else d_h
+    as_matrix = nn.init.xavier_uniform_(torch.empty(d_model, R * width)).abs().max()
+    as_view = nn.init.xavier_uniform_(torch.empty(shape)).abs().max()
+    bounds.append((f"W_{name} of the queries", f"{as_matrix:.3f}", f"{as_view:.3f}"))
+looks.table(
+    ["", "App. G", "three-dimensional view"],
+    bounds,
+    caption="Largest entry of a new weight",
+)
+
+# %% [markdown]
+# The last axis of their view is the rank for a head factor and the feature for a feature factor. (`n_out` already
+# contains `rank * width`, so only `n_in` changes.) `factor_bound` agrees with what torch does:
+
+# %%
+small_sizes = dict(n_layer=1, d_model=d_model, n_head=h, d_head=d_h, rank_q=R)
+for init in ("paper", "authors"):
+    c = T6Config(vocab_size=100, init=init, **small_sizes)
+    of_a, of_b = factor_bound(c, R, h, True), factor_bound(c, R, d_h, False)
+    print(f"{init:8} {of_a:.3f} for W_a, {of_b:.3f} for W_b")
 
 # %% [markdown]
 # ## Summary

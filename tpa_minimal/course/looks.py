@@ -86,10 +86,10 @@ def looks_of(layers: list[Layer]) -> list[Look]:
     return [next(tpa) if layer.mechanism == "tpa" else of(layer.mechanism) for layer in layers]
 
 
-def quantized(fig: Figure) -> Image.Image:
+def quantized(fig: Figure, dpi: float | str = "figure") -> Image.Image:
     """The figure in 128 colours: half the bytes or fewer, and no difference that one sees."""
     drawn = io.BytesIO()
-    fig.savefig(drawn, format="png", bbox_inches="tight")
+    fig.savefig(drawn, format="png", bbox_inches="tight", dpi=dpi)
     return Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
 
 
@@ -146,7 +146,7 @@ def animate(figures: Iterable[Figure], alt: str, milliseconds: int = 400, rest: 
         canvas = io.BytesIO()
         closed(fig).savefig(canvas, format="png")  # not cut to its content: all frames need one size
         drawn.append(Image.open(canvas).convert("RGB"))
-    still = drawn[-1].quantize(64, dither=Image.Dither.NONE)
+    still = drawn[-1].quantize(32, dither=Image.Dither.NONE)
     frames = [still, *(frame.quantize(palette=still, dither=Image.Dither.NONE) for frame in drawn[:-1]), still]
     times = [rest, *[milliseconds] * (len(frames) - 2), rest]
     _display(image_html(png_of(frames, times), alt), alt)
