@@ -86,10 +86,10 @@ def looks_of(layers: list[Layer]) -> list[Look]:
     return [next(tpa) if layer.mechanism == "tpa" else of(layer.mechanism) for layer in layers]
 
 
-def quantized(fig: Figure) -> Image.Image:
+def quantized(fig: Figure, dpi: float | str = "figure") -> Image.Image:
     """The figure in 128 colours: half the bytes or fewer, and no difference that one sees."""
     drawn = io.BytesIO()
-    fig.savefig(drawn, format="png", bbox_inches="tight")
+    fig.savefig(drawn, format="png", bbox_inches="tight", dpi=dpi)
     return Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
 
 

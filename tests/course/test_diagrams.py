@@ -1,0 +1,113 @@
+"""The pictures of factors and keys show the values that they are given, and colour as many numbers as a cache holds."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from tpa_minimal.course import diagrams, looks
+
+
+@pytest.fixture(autouse=True)
+def no_figure_is_left_open():
+    looks.style()
+    yield
+    assert not plt.get_fignums()
+
+
+def drawn(figure, kind):
+    """The matrices that `cells` drew as one kind, from the left to the right."""
+    (axes,) = figure.axes
+    places = {patch.get_bbox().extents.round(6).tobytes() for patch in axes.patches if patch.get_label() == kind}
+    images = [image for image in axes.images if frame_of(image) in places]
+    return [image.get_array().data for image in sorted(images, key=lambda image: image.get_extent())]
+
+
+def frame_of(image):
+    left, right, bottom, top = image.get_extent()
+    return Rectangle((left, top), right - left, bottom - top).get_bbox().extents.round(6).tobytes()
+
+
+def words(figure):
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+random = np.random.default_rng(0)
+A, B = random.normal(size=(3, 6)), random.normal(size=(3, 10))  # R 3, h 6, d_h 10
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_hero_colours_what_is_cached_and_hatches_its_mean_of_outer_products(dark):
+    figure = diagrams.hero(A, B, dark=dark)
+    cached, keys = drawn(figure, "cached"), drawn(figure, "never built")
+    assert sum(matrix.size for matrix in cached) == 3 * (6 + 10)
+    assert [matrix.shape for matrix in cached] == [(6, 1), (1, 10)] * 3
+    for matrix, r in zip(keys[1:], range(3), strict=True):
+        np.testing.assert_allclose(matrix, np.outer(A[r], B[r]))
+    np.testing.assert_allclose(keys[0], sum(keys[1:]) / 3)
+    assert {"3 × (6 + 10) = 48 numbers", "6 × 10 = 60 numbers"} <= set(words(figure))
+
+
+def test_the_front_page_gets_one_picture_for_each_background(tmp_path):
+    diagrams.write_hero(A, B, tmp_path)
+    light, dark = (Image.open(tmp_path / f"hero-{name}.png").convert("L") for name in ("light", "dark"))
+    assert light.size == dark.size and light.getpixel((0, 0)) == 255 and dark.getpixel((0, 0)) < 32
+
+
+@pytest.mark.parametrize("rank", [1, 4, 6])
+def test_the_fit_is_the_sum_of_its_products(rank):
+    matrix = A.T @ B + random.normal(size=(6, 10))
+    figure, alt = diagrams.best_fit(matrix, rank)
+    whole, fit, missed = drawn(figure, "shown")
+    products = drawn(figure, "never built")
+    np.testing.assert_allclose(fit, sum(products), atol=1e-12)
+    np.testing.assert_allclose(fit + missed, whole)
+    s = np.linalg.svd(matrix, compute_uv=False)
+    error = round(100 * np.sqrt((s[rank:] ** 2).sum() / (s**2).sum()))
+    assert len(products) == rank and f"misses, {error} percent" in alt and f"error {error} %" in " ".join(words(figure))
+    assert sum(factor.size for factor in drawn(figure, "cached")) == rank * (6 + 10)
+
+
+def test_the_cube_counts_the_rank_of_each_slice():
+    keys = np.einsum("trh,trd->thd", random.normal(size=(20, 2, 6)), random.normal(size=(20, 2, 10)))
+    found = [axes.get_title(loc="left").split(": ")[-1] for axes in diagrams.cube(keys, 2).axes[1:]]
+    assert found == [
+        "rank 2 (rank ≤ R = 2)",
+        "rank 10 (up to 10)",
+        "rank 6 (up to 6)",
+    ]
+
+
+def test_both_orders_show_their_intermediate_product():
+    first, second, third = random.normal(size=(6, 3)), random.normal(size=(3, 10)), random.normal(size=(10, 4))
+    kinds = ("cached", "cached", "shown", "shown")
+    words = ("never built", "keys first"), ("never built", "factor first")
+    figure = diagrams.two_orders((first, second, third), ("A", "B", "T", "result"), kinds, *words)
+    above, below = drawn(figure, "never built")
+    np.testing.assert_allclose(above, first @ second)
+    np.testing.assert_allclose(below, second @ third)
+    np.testing.assert_allclose(drawn(figure, "shown")[-1], first @ second @ third)
+
+
+def test_the_planes_add_up_to_a_dot_product_that_the_position_leaves_alone():
+    q, k = random.normal(size=(2, 8))
+    figure, alt = diagrams.rope_planes(q, k, 0, 0)
+    assert f"is {q @ k:.3f};" in alt
+    parts = [float(text) for text in words(figure) if text[:1] in ("+", "-")]
+    assert len(parts) == 4 and sum(parts) == pytest.approx(q @ k, abs=3e-3)
+    near, far, other = (diagrams.rope_planes(q, k, *place)[1].split("is ")[1] for place in ((9, 5), (90, 5), (9, 4)))
+    assert near == far != other
+
+
+def test_caches_fill_in_proportion_to_their_bytes():
+    held = {"mha": [1000, 4000], "tpa": [250, 1000]}
+    frames = list(diagrams.filling_caches([1, 4], held, ["a", "a b $x$"]))
+    for n, frame in enumerate(frames):
+        assert [bar.get_width() for bar in frame.axes[1].patches] == [held["mha"][n] / 1e3, held["tpa"][n] / 1e3]
+        assert [text.get_text() for text in frame.axes[1].texts] == [f"{held[name][n]:,} bytes" for name in held]
+    assert words(frames[1])[:2] == ["4 tokens written and remembered", "a b $x$ ▌"]
+    assert frames[0].axes[1].get_xlim() == frames[1].axes[1].get_xlim()
