@@ -89,7 +89,9 @@ G = 2
 groups = torch.einsum("btd,hde->bthe", x, W[:G])  # (B, T, G, d_h)
 a = G * torch.eye(G).repeat_interleave(h // G, dim=1).double()  # (G, h)
 print(a)
-assert_close(assemble(a.expand(B, T, G, h), groups), groups.repeat_interleave(h // G, dim=2))
+assert_close(
+    assemble(a.expand(B, T, G, h), groups), groups.repeat_interleave(h // G, dim=2)
+)
 
 # %% [markdown]
 # With $G = h$ this is $h \cdot I$ again, and with $G = 1$ the row of ones: one formula for all three. Values are
@@ -100,23 +102,41 @@ assert_close(assemble(a.expand(B, T, G, h), groups), groups.repeat_interleave(h 
 # %%
 from tpa_minimal.huggingface import group_factors
 
-pictures = {f"{name}\nR = {G}": group_factors(h, G).T / G for name, G in (("MHA", h), ("GQA, G = 2", 2), ("MQA", 1))}
+pictures = {
+    f"{name}\nR = {G}": group_factors(h, G).T / G
+    for name, G in (("MHA", h), ("GQA, G = 2", 2), ("MQA", 1))
+}
 pictures["TPA, fixed A\nR = 2"] = torch.randn(h, 2)
 pictures["TPA, token 1\nR = 2"], pictures["TPA, token 2\nR = 2"] = torch.randn(2, h, 2)
 
-fig, axes = plt.subplots(1, 6, figsize=(8, 3.4), width_ratios=[6, 2.6, 2.2, 2.6, 2.6, 2.6])
+fig, axes = plt.subplots(
+    1, 6, figsize=(8, 3.4), width_ratios=[6, 2.6, 2.2, 2.6, 2.6, 2.6]
+)
 for ax, (title, picture) in zip(axes, pictures.items()):
     ax.imshow(picture.abs(), cmap="Greys", vmin=0, vmax=4, aspect="auto")
     for i, row in enumerate(picture.tolist()):
         for r, value in enumerate(row):
             text = f"{value:.0f}" if value in (0, 1) else f"{round(value, 1) + 0.0:.1f}"
-            ax.text(r, i, text, ha="center", va="center", fontsize=9, color="white" if abs(value) > 2 else "black")
+            ax.text(
+                r,
+                i,
+                text,
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if abs(value) > 2 else "black",
+            )
     ax.set_title(title, fontsize=9)
     ax.set(xticks=[], yticks=range(h) if ax is axes[0] else [])
     ax.grid(False)
 axes[0].set_ylabel("head")
 fig.supxlabel("rank index r", fontsize=10)
-fig.suptitle("Head factors: masks, learned constants, or a new matrix for every token", x=0.02, ha="left", fontsize=12)
+fig.suptitle(
+    "Head factors: masks, learned constants, or a new matrix for every token",
+    x=0.02,
+    ha="left",
+    fontsize=12,
+)
 plt.show()
 
 # %% [markdown]
@@ -132,7 +152,9 @@ plt.show()
 # $-x$: MHA's keys change sign, TPA's do not.)
 
 # %%
-config = T6Config(vocab_size=1, n_layer=1, d_model=d_model, n_head=h, d_head=d_head, max_len=64)
+config = T6Config(
+    vocab_size=1, n_layer=1, d_model=d_model, n_head=h, d_head=d_head, max_len=64
+)
 contextual = TensorProductAttention(config).double()
 
 
@@ -143,7 +165,9 @@ def keys(x):
 
 assert_close(keys(2 * x), 4 * keys(x))
 assert_close(keys(-x), keys(x))
-print("contextual TPA: K(2x) / K(x) =", (keys(2 * x) / keys(x)).mean().item(), " MHA: 2")
+print(
+    "contextual TPA: K(2x) / K(x) =", (keys(2 * x) / keys(x)).mean().item(), " MHA: 2"
+)
 
 # %% [markdown]
 # A function that quadruples is not one that doubles, whatever the weights. So the special cases need a sibling of the
@@ -176,7 +200,9 @@ from tpa_minimal.baselines import MultiHeadAttention
 def as_tpa(layer, G):
     tpa = FixedHeadFactors(replace(layer.config, rank_q=h, rank_k=G, rank_v=G)).double()
     with torch.no_grad():
-        tpa.factor_proj.weight.copy_(torch.cat((layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight)))
+        tpa.factor_proj.weight.copy_(
+            torch.cat((layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight))
+        )
         for a, n_kv_head in ((tpa.a_q, h), (tpa.a_k, G), (tpa.a_v, G)):
             a.copy_(group_factors(h, n_kv_head)).requires_grad_(False)
         tpa.out_proj.weight.copy_(layer.out_proj.weight)
@@ -195,19 +221,28 @@ pairs = {}
 print("largest difference     output     grad x   grad W_qkv   grad W_out")
 for name, G in mechanisms.items():
     layer = MultiHeadAttention(config, n_kv_head=G).double()
-    nn.init.normal_(layer.out_proj.weight)  # it starts at zero, and zero would equal anything
+    nn.init.normal_(
+        layer.out_proj.weight
+    )  # it starts at zero, and zero would equal anything
     pairs[name] = layer, as_tpa(layer, G)
     found = []
     for model in pairs[name]:
         x_in = x.clone().requires_grad_()
         out = model(x_in)
         out.square().sum().backward()
-        projections = [model.factor_proj] if model is pairs[name][1] else [model.q_proj, model.k_proj, model.v_proj]
+        projections = (
+            [model.factor_proj]
+            if model is pairs[name][1]
+            else [model.q_proj, model.k_proj, model.v_proj]
+        )
         weights = torch.cat([p.weight.grad for p in projections])
         found.append((out.detach(), x_in.grad, weights, model.out_proj.weight.grad))
     for ours, theirs in zip(*found):
         assert_close(ours, theirs, rtol=1e-12, atol=1e-11)
-    print(f"{name:18s}", *(f"{(ours - theirs).abs().max():11.0e}" for ours, theirs in zip(*found)))
+    print(
+        f"{name:18s}",
+        *(f"{(ours - theirs).abs().max():11.0e}" for ours, theirs in zip(*found)),
+    )
 
 # %% [markdown]
 # Equal to rounding. Since the gradients agree too, the two would also *train* alike, step by step: they are one
@@ -227,10 +262,15 @@ for name, (layer, tpa) in pairs.items():
     caches = layer.new_cache(batch_size=B), tpa.new_cache(batch_size=B)
     for t in range(T):
         with torch.no_grad():
-            outputs = [model(x[:, t : t + 1], cache) for model, cache in zip((layer, tpa), caches)]
+            outputs = [
+                model(x[:, t : t + 1], cache)
+                for model, cache in zip((layer, tpa), caches)
+            ]
         assert_close(*outputs)
     formula = 2 * mechanisms[name] * d_head * B * T * 8  # 8 bytes per float64 number
-    print(f"{name}: {caches[0].nbytes} bytes; as TPA {caches[1].nbytes}; 2 G d_h · B · T · 8 = {formula}")
+    print(
+        f"{name}: {caches[0].nbytes} bytes; as TPA {caches[1].nbytes}; 2 G d_h · B · T · 8 = {formula}"
+    )
 
 # %% [markdown]
 # A careless implementation would store $A$ for every token as well. With $R = h$ "MHA as TPA" would then weigh *more*
@@ -254,15 +294,30 @@ print("TPA, fixed A,    R_K = R_V = 2       (R_K + R_V) d_h      =", 4 * d)
 
 # %%
 def box(x, y, title, lines, dashed=False):
-    edge = dict(boxstyle="round,pad=0.45", fc="white" if dashed else "0.93", ec="black", ls="--" if dashed else "-")
+    edge = dict(
+        boxstyle="round,pad=0.45",
+        fc="white" if dashed else "0.93",
+        ec="black",
+        ls="--" if dashed else "-",
+    )
     text = f"{title}\n" + "\n".join(lines)
-    ax.text(x, y, text, ha="center", va="center", fontsize=9, linespacing=1.35, bbox=edge)
+    ax.text(
+        x, y, text, ha="center", va="center", fontsize=9, linespacing=1.35, bbox=edge
+    )
 
 
 def branch(start, end, label=""):
-    ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", lw=1.2, shrinkA=0, shrinkB=0))
+    ax.annotate(
+        "", end, start, arrowprops=dict(arrowstyle="-|>", lw=1.2, shrinkA=0, shrinkB=0)
+    )
     middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
-    ax.text(*middle, label, fontsize=9, ha="center", bbox=dict(fc="white", ec="none", pad=1.5))
+    ax.text(
+        *middle,
+        label,
+        fontsize=9,
+        ha="center",
+        bbox=dict(fc="white", ec="none", pad=1.5),
+    )
 
 
 # %%
@@ -273,12 +328,22 @@ box(6.3, 5.4, "fixed B (constants)", ["caches $R\\,h$"])
 box(0.6, 1.4, "MHA", ["$R=h$,  $A = h\\,I$", "caches $h\\,d_h$"])
 box(2.9, 1.4, "GQA", ["$R=G$,  $A = G \\cdot$ masks", "caches $G\\,d_h$"])
 box(5.2, 1.4, "MQA", ["$R=1$,  $A =$ ones", "caches $d_h$"])
-box(8.0, 1.4, "MLA, a neighbour", ["row $i$ of $K$ is $c(x)\\,W_i$", "caches $d_c$ + rotated part"], dashed=True)
+box(
+    8.0,
+    1.4,
+    "MLA, a neighbour",
+    ["row $i$ of $K$ is $c(x)\\,W_i$", "caches $d_c$ + rotated part"],
+    dashed=True,
+)
 branch((3.7, 8.1), (3.0, 6.15), "make A constant")
 branch((4.4, 8.1), (6.2, 6.15), "make B constant")
 for end in (0.6, 2.9, 5.2):
     branch((2.9, 4.7), (end, 2.35), "set A to" if end == 2.9 else "")
-ax.set(xlim=(-0.7, 9.4), ylim=(0, 10), title="MHA, GQA and MQA are TPA with constant head factors (keys shown)")
+ax.set(
+    xlim=(-0.7, 9.4),
+    ylim=(0, 10),
+    title="MHA, GQA and MQA are TPA with constant head factors (keys shown)",
+)
 ax.axis("off")
 plt.show()
 
@@ -300,12 +365,19 @@ plt.show()
 # %% tags=["nbval-check-output"]
 rank = torch.linalg.matrix_rank
 tokens = torch.randn(1, 20, d_model).double()
-for name, attention in (("fixed A", FixedHeadFactors), ("contextual A", TensorProductAttention)):
+for name, attention in (
+    ("fixed A", FixedHeadFactors),
+    ("contextual A", TensorProductAttention),
+):
     layer = attention(config).double()
-    a_q, b_q, a_k, b_k, a_v, b_v = layer.restore(*layer.factors(tokens), start=0)  # `restore` puts the constants in
+    a_q, b_q, a_k, b_k, a_v, b_v = layer.restore(
+        *layer.factors(tokens), start=0
+    )  # `restore` puts the constants in
     K = assemble(a_k, b_k)[0]  # (T, h, d_h)
     side_by_side = K.transpose(0, 1).flatten(1)  # (h, T · d_h)
-    print(f"{name:13s} rank of one token: {rank(K[0]).item()}   of 20 tokens side by side: {rank(side_by_side).item()}")
+    print(
+        f"{name:13s} rank of one token: {rank(K[0]).item()}   of 20 tokens side by side: {rank(side_by_side).item()}"
+    )
     assert rank(K[0]) == 2 and rank(side_by_side) == (2 if name == "fixed A" else h)
 
 # %% [markdown]
@@ -332,10 +404,17 @@ def conversations(n, generator):
     """n random conversations: inputs (n, 32 + 8, 28), and the words to find (n, topic, speaker)."""
     order = torch.rand(n, n_speaker * n_topic, generator=generator).argsort(1)
     word = torch.randint(n_word, order.shape, generator=generator)
-    facts = (order // n_topic, n_speaker), (order % n_topic, n_topic), (word.gather(1, order), n_word)
+    facts = (
+        (order // n_topic, n_speaker),
+        (order % n_topic, n_topic),
+        (word.gather(1, order), n_word),
+    )
     told = torch.cat([F.one_hot(index, size) for index, size in facts], dim=-1)
     asked = F.one_hot(torch.arange(n_topic), n_topic).expand(n, -1, -1)
-    x = torch.cat((F.pad(told, (0, n_topic)), F.pad(asked, (n_speaker + n_topic + n_word, 0))), dim=1)
+    x = torch.cat(
+        (F.pad(told, (0, n_topic)), F.pad(asked, (n_speaker + n_topic + n_word, 0))),
+        dim=1,
+    )
     return 3 * x.float(), word.view(n, n_speaker, n_topic).mT
 
 
@@ -353,13 +432,17 @@ class Listener(nn.Module):
     def __init__(self, attention, rank):
         super().__init__()
         width = n_speaker + 2 * n_topic + n_word
-        config = T6Config(1, 1, width, n_head=4, d_head=4, rank_q=4, rank_k=rank, rank_v=rank)
+        config = T6Config(
+            1, 1, width, n_head=4, d_head=4, rank_q=4, rank_k=rank, rank_v=rank
+        )
         self.attention = attention(config)
         nn.init.xavier_uniform_(self.attention.out_proj.weight)
         self.output = nn.Linear(width, n_speaker * n_word)
 
     def forward(self, x):
-        return self.output(self.attention(x)[:, -n_topic:]).unflatten(-1, (n_speaker, n_word))
+        return self.output(self.attention(x)[:, -n_topic:]).unflatten(
+            -1, (n_speaker, n_word)
+        )
 
 
 # %% [markdown]
@@ -389,7 +472,9 @@ def train(attention, rank, n_seed=3, lr=0.03):
         x, words = conversations(16, generator)
         logits = vmap(lambda w, x=x: functional_call(models[0], w, (x,)))(weights)
         words = words.expand(n_seed, -1, -1, -1)
-        loss = n_seed * F.cross_entropy(logits.flatten(0, 3), words.flatten())  # the sum of the seeds' losses
+        loss = n_seed * F.cross_entropy(
+            logits.flatten(0, 3), words.flatten()
+        )  # the sum of the seeds' losses
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -410,9 +495,14 @@ with sdpa_kernel(SDPBackend.MATH):  # the kernel that vmap can widen
     for name, (attention, rank, cached) in competitors.items():
         accuracy[name] = train(attention, rank)
         last = accuracy[name][-20:].mean(0)  # of the last 20 steps, for each seed
-        print(f"{name:18s} caches {cached:2d}; accuracy", *(f"{value:.2f}" for value in last))
+        print(
+            f"{name:18s} caches {cached:2d}; accuracy",
+            *(f"{value:.2f}" for value in last),
+        )
 worst = accuracy["contextual, R = 1"][-20:].mean(0).min()
-best_fixed = max(accuracy[name][-20:].mean(0).max() for name in accuracy if name.startswith("fixed"))
+best_fixed = max(
+    accuracy[name][-20:].mean(0).max() for name in accuracy if name.startswith("fixed")
+)
 assert worst > best_fixed
 
 # %%
@@ -421,11 +511,18 @@ for (name, curve), style in zip(accuracy.items(), ("-", ":", "--", "-.")):
     smooth = curve.unfold(0, 10, 10).mean(-1)  # means of 10 steps, (steps / 10, n_seed)
     step = torch.arange(5, steps, 10)
     ax.fill_between(step, smooth.amin(1), smooth.amax(1), alpha=0.2, lw=0)
-    ax.plot(step, smooth.mean(1), style, label=f"{name} (caches {competitors[name][2]})")
+    ax.plot(
+        step, smooth.mean(1), style, label=f"{name} (caches {competitors[name][2]})"
+    )
 ax.axhline(1 / n_word, color="0.5", lw=1)
 ax.text(1.02 * steps, 1 / n_word + 0.02, "guessing", color="0.3", fontsize=9)
 ax.legend(loc="center right", fontsize=9, handlelength=3)
-ax.set(xlim=(0, 1.65 * steps), ylim=(0, 1.03), xlabel="training step", ylabel="words recalled (fraction)")
+ax.set(
+    xlim=(0, 1.65 * steps),
+    ylim=(0, 1.03),
+    xlabel="training step",
+    ylabel="words recalled (fraction)",
+)
 ax.set_xticks(range(0, steps + 1, steps // 5))
 ax.set_title("Contextual head factors learn what fixed ones did not")
 plt.show()
@@ -539,7 +636,9 @@ def mechanism(K):
 # %% tags=["solution"]
 def mechanism(K):
     one_token = torch.linalg.matrix_rank(K[0]).item()
-    all_tokens = torch.linalg.matrix_rank(K.transpose(0, 1).flatten(1)).item()  # (h, T · d_h)
+    all_tokens = torch.linalg.matrix_rank(
+        K.transpose(0, 1).flatten(1)
+    ).item()  # (h, T · d_h)
     if all_tokens > one_token:
         return "contextual A"
     if all_tokens == K.shape[1]:

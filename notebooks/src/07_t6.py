@@ -62,7 +62,9 @@ for _ in range(24):
     w = torch.randn(256, 256) / 256**0.5  # keeps the size of what it reads
     plain = plain + plain @ w
     normed = normed + normed / rms(normed) @ w
-print(f"RMS after 24 layers: {rms(plain).mean():,.0f} without the norm, {rms(normed).mean():.1f} with it")
+print(
+    f"RMS after 24 layers: {rms(plain).mean():,.0f} without the norm, {rms(normed).mean():.1f} with it"
+)
 assert rms(plain).mean() > 100 * rms(normed).mean()
 
 # %% [markdown]
@@ -76,7 +78,9 @@ assert rms(plain).mean() > 100 * rms(normed).mean()
 # %%
 x = torch.randn(2, 5, 256)
 torch.testing.assert_close(F.rms_norm(x, (256,)), x / rms(x))
-torch.testing.assert_close(F.rms_norm(7 * x, (256,)), F.rms_norm(x, (256,)))  # the size of x is forgotten
+torch.testing.assert_close(
+    F.rms_norm(7 * x, (256,)), F.rms_norm(x, (256,))
+)  # the size of x is forgotten
 print("a vector of zeros gives", F.rms_norm(torch.zeros(4), (4,)).tolist())
 
 # %% [markdown]
@@ -125,9 +129,13 @@ plt.show()
 
 # %%
 for d_model in (768, 1024, 1280, 1600):
-    d_ff = T6Config(vocab_size=50304, n_layer=1, d_model=d_model, n_head=1, d_head=64).d_ff
+    d_ff = T6Config(
+        vocab_size=50304, n_layer=1, d_model=d_model, n_head=1, d_head=64
+    ).d_ff
     assert d_ff == 8 * d_model // 3
-    print(f"d_model {d_model}: d_ff {d_ff}, {3 * d_model * d_ff:,} weights, the classic layer {8 * d_model**2:,}")
+    print(
+        f"d_model {d_model}: d_ff {d_ff}, {3 * d_model * d_ff:,} weights, the classic layer {8 * d_model**2:,}"
+    )
 
 # %% tags=["tpa"]
 # {{tpa: SwiGLU}}
@@ -148,7 +156,9 @@ for d_model in (768, 1024, 1280, 1600):
 # identity, exactly.
 
 # %%
-config = T6Config(vocab_size=32, n_layer=2, d_model=64, n_head=8, d_head=16, rank_q=4, max_len=256)
+config = T6Config(
+    vocab_size=32, n_layer=2, d_model=64, n_head=8, d_head=16, rank_q=4, max_len=256
+)
 block = Block(config, TensorProductAttention)
 x = torch.randn(1, 5, config.d_model)
 assert torch.equal(block(x), x)
@@ -199,10 +209,22 @@ kept = logits.masked_fill(logits < lowest_kept, -math.inf)
 print("top 3 kept:", (kept > -math.inf).int().tolist()[0])
 
 # %%
-cases = {"τ = 0.5": logits / 0.5, "τ = 1": logits, "τ = 2": logits / 2, "τ = 2, top-k 3": kept / 2}
+cases = {
+    "τ = 0.5": logits / 0.5,
+    "τ = 1": logits,
+    "τ = 2": logits / 2,
+    "τ = 2, top-k 3": kept / 2,
+}
 fig, ax = plt.subplots()
 for i, ((name, values), hatch) in enumerate(zip(cases.items(), ("//", "", "xx", ".."))):
-    ax.bar(torch.arange(8) + 0.2 * (i - 1.5), values.softmax(-1)[0], 0.2, label=name, hatch=hatch, edgecolor="white")
+    ax.bar(
+        torch.arange(8) + 0.2 * (i - 1.5),
+        values.softmax(-1)[0],
+        0.2,
+        label=name,
+        hatch=hatch,
+        edgecolor="white",
+    )
 ax.set(xlabel="token, likeliest first", ylabel="probability")
 ax.set_title("Temperature reshapes the distribution, top-k cuts its tail")
 ax.legend(frameon=False)
@@ -268,7 +290,9 @@ nn.init.normal_(mlp.down_proj.weight, std=0.02)
 tokens = torch.randint(50304, (1, 10))
 cache = small.new_cache(batch_size=1, max_len=10)
 _ = small(tokens[:, :9], cache)  # nine tokens of prompt
-print(f"cached: {cache.length} tokens, {cache.nbytes:,} bytes = 9 tokens × 392 numbers × 4 bytes")
+print(
+    f"cached: {cache.length} tokens, {cache.nbytes:,} bytes = 9 tokens × 392 numbers × 4 bytes"
+)
 
 
 # %%
@@ -286,8 +310,14 @@ show("embedding", x, small.embedding.weight)
 n = rms_norm(x)
 show("norm", n)
 factors = attention.factors(n, start=cache.length)  # at its absolute position, 9
-show("  all six factors in one product", attention.factor_proj(n), attention.factor_proj.weight)
-for name, factor in zip(("a_q", "b_q, rotated", "a_k", "b_k, rotated", "a_v", "b_v"), factors):
+show(
+    "  all six factors in one product",
+    attention.factor_proj(n),
+    attention.factor_proj.weight,
+)
+for name, factor in zip(
+    ("a_q", "b_q, rotated", "a_k", "b_k, rotated", "a_v", "b_v"), factors
+):
     show(f"  {name}", factor)
 
 # %% [markdown]
@@ -396,10 +426,17 @@ for d, paper in PAPER_HEADS.items():
 
 # %% claim="table-10-mla" tags=["nbval-check-output"]
 def mla_weights(d_c, d_q):
-    return lambda d, h: d_q * (d + h * (D_H + D_R)) + d_c * (d + 2 * h * D_H) + d * (h * D_H + D_R)
+    return lambda d, h: (
+        d_q * (d + h * (D_H + D_R)) + d_c * (d + 2 * h * D_H) + d * (h * D_H + D_R)
+    )
 
 
-for d, h, d_c, d_q in ((768, 12, 256, 512), (1024, 23, 512, 1024), (1280, 34, 512, 1024), (1600, 49, 512, 1024)):
+for d, h, d_c, d_q in (
+    (768, 12, 256, 512),
+    (1024, 23, 512, 1024),
+    (1280, 34, 512, 1024),
+    (1600, 49, 512, 1024),
+):
     stated, smaller = mla_weights(d_c, d_q), mla_weights(256, 512)
     print(
         f"{d:5d}: {h} heads with d_c {d_c}, d'_c {d_q} have {stated(d, h) / (4 * d * d):.2f} of the budget; "
@@ -426,7 +463,9 @@ for name in ("small-124M", "medium-353M", "large-773M", "xl-1.5B"):
         tpa, mha = T6(tpa_config), T6(mha_config, attention=MultiHeadAttention)
     per_layer = sum(p.numel() for p in tpa.blocks[0].attention.parameters())
     assert per_layer == WEIGHTS["TPA"](tpa_config.d_model, tpa_config.n_head)
-    totals = [f"{m.config.n_head} heads {m.num_parameters() / 1e6:7.1f} M" for m in (mha, tpa)]
+    totals = [
+        f"{m.config.n_head} heads {m.num_parameters() / 1e6:7.1f} M" for m in (mha, tpa)
+    ]
     print(f"{name:12s} MHA {totals[0]}   TPA {totals[1]}")
 
 # %% [markdown]
@@ -444,14 +483,19 @@ for name in ("small-124M", "medium-353M", "large-773M", "xl-1.5B"):
 # notebook 08.)
 
 # %%
-ADJECTIVES, NOUNS = "small old quiet bright green slow".split(), "cat river teacher lamp garden boat child door".split()
+ADJECTIVES, NOUNS = (
+    "small old quiet bright green slow".split(),
+    "cat river teacher lamp garden boat child door".split(),
+)
 VERBS = ["sees", "follows", "finds", "paints", "likes", "waits for"]
 rng = random.Random(0)
 
 
 def sentence():
     a, b = rng.choice(ADJECTIVES), rng.choice(ADJECTIVES)
-    return f"the {a} {rng.choice(NOUNS)} {rng.choice(VERBS)} the {b} {rng.choice(NOUNS)}. "
+    return (
+        f"the {a} {rng.choice(NOUNS)} {rng.choice(VERBS)} the {b} {rng.choice(NOUNS)}. "
+    )
 
 
 text = "".join(sentence() for _ in range(2000))
@@ -468,7 +512,15 @@ def decode(row):
 
 
 # %%
-config = T6Config(vocab_size=len(letters), n_layer=2, d_model=64, n_head=8, d_head=16, rank_q=4, max_len=256)
+config = T6Config(
+    vocab_size=len(letters),
+    n_layer=2,
+    d_model=64,
+    n_head=8,
+    d_head=16,
+    rank_q=4,
+    max_len=256,
+)
 model, data = T6(config), encode(text)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 losses = []
@@ -482,7 +534,9 @@ for _ in range(100):
     optimizer.step()
     losses.append(loss.item())
 last = sum(losses[-10:]) / 10
-print(f"{model.num_parameters():,} weights; loss {losses[0]:.2f} → {last:.2f} (guessing: {math.log(len(letters)):.2f})")
+print(
+    f"{model.num_parameters():,} weights; loss {losses[0]:.2f} → {last:.2f} (guessing: {math.log(len(letters)):.2f})"
+)
 assert last < 0.8
 
 # %% [markdown]
@@ -492,7 +546,9 @@ assert last < 0.8
 prompt = encode("the ")[None]
 for temperature, top_k in ((0, None), (0.7, None), (1.5, None), (1.5, 3)):
     generator = torch.Generator().manual_seed(1)
-    written = model.generate(prompt, 80, temperature=temperature, top_k=top_k, generator=generator)
+    written = model.generate(
+        prompt, 80, temperature=temperature, top_k=top_k, generator=generator
+    )
     print(f"τ {temperature}, top-k {top_k}: {decode(written[0])}")
 
 # %% [markdown]
@@ -508,8 +564,12 @@ prompts = encode("the ").repeat(4, 1)
 
 def share_of_known_words(temperature, top_k):
     generator = torch.Generator().manual_seed(2)
-    rows = model.generate(prompts, 90, temperature=temperature, top_k=top_k, generator=generator)
-    words = [word for row in rows for word in decode(row).replace(".", "").split()[:-1]]  # the last may be cut off
+    rows = model.generate(
+        prompts, 90, temperature=temperature, top_k=top_k, generator=generator
+    )
+    words = [
+        word for row in rows for word in decode(row).replace(".", "").split()[:-1]
+    ]  # the last may be cut off
     return sum(word in known for word in words) / len(words)
 
 
@@ -521,8 +581,18 @@ assert free[0] > free[-1] and cut[-1] > free[-1]
 fig, ax = plt.subplots()
 for shares, name, marker in ((cut, "top-k 3", "s--"), (free, "all 24 letters", "o-")):
     ax.plot(temperatures, [100 * share for share in shares], marker)
-    ax.annotate(name, (temperatures[-1], 100 * shares[-1]), xytext=(8, -4), textcoords="offset points")
-ax.set(xlabel="temperature τ", ylabel="words that exist (%)", xlim=(0.3, 2.5), ylim=(0, 105))
+    ax.annotate(
+        name,
+        (temperatures[-1], 100 * shares[-1]),
+        xytext=(8, -4),
+        textcoords="offset points",
+    )
+ax.set(
+    xlabel="temperature τ",
+    ylabel="words that exist (%)",
+    xlim=(0.3, 2.5),
+    ylim=(0, 105),
+)
 ax.set_title("The hotter, the fewer real words; top-k keeps more of them")
 plt.show()
 
@@ -535,7 +605,13 @@ exact = T6(config).double()
 exact.load_state_dict(model.state_dict())
 for settings in (dict(temperature=0), dict(temperature=1.0, top_k=5)):
     pair = [
-        exact.generate(prompts, 24, use_cache=use, generator=torch.Generator().manual_seed(3), **settings)
+        exact.generate(
+            prompts,
+            24,
+            use_cache=use,
+            generator=torch.Generator().manual_seed(3),
+            **settings,
+        )
         for use in (True, False)
     ]
     assert torch.equal(*pair)
@@ -591,7 +667,9 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 def top_p(logits: Tensor, p: float) -> Tensor:
     sorted_logits, order = logits.sort(dim=-1, descending=True)
     probabilities = sorted_logits.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # what the likelier tokens already hold
+    before = (
+        probabilities.cumsum(-1) - probabilities
+    )  # what the likelier tokens already hold
     outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
     return logits.masked_fill(outside, -math.inf)
 

@@ -108,10 +108,14 @@ checks.ex08_1(windows)
 # each token is, and reads no context at all, loses the *unigram* cross-entropy.
 
 # %%
-counts = np.bincount(tokens.train, minlength=tokens.vocab_size) + 1  # + 1: no token is impossible
+counts = (
+    np.bincount(tokens.train, minlength=tokens.vocab_size) + 1
+)  # + 1: no token is impossible
 know_nothing = math.log(tokens.vocab_size)
 know_frequencies = -np.log(counts / counts.sum())[tokens.val].mean()
-print(f"know nothing {know_nothing:.2f}, know frequencies {know_frequencies:.2f} nats per token")
+print(
+    f"know nothing {know_nothing:.2f}, know frequencies {know_frequencies:.2f} nats per token"
+)
 
 # %% [markdown]
 # A curve that stays at the second number has learned to count words, not to read. We shall draw both lines into ours.
@@ -126,10 +130,14 @@ print(f"know nothing {know_nothing:.2f}, know frequencies {know_frequencies:.2f}
 settings = dict(preset="tiny", batch_size=8, seq_len=128, lr=4e-3, device=device)
 if not FULL:  # a model for half a minute on a CPU: 2 layers of 16 heads of width 16
     settings["changes"] = dict(n_layer=2, d_model=64, n_head=16, d_head=16)
-model = train.build_model(train.TrainConfig(**settings, attention="tpa"), tokens.vocab_size)
+model = train.build_model(
+    train.TrainConfig(**settings, attention="tpa"), tokens.vocab_size
+)
 for group in train.new_optimizer(model, lr=4e-3).param_groups:
     weights = sum(p.numel() for p in group["params"])
-    print(f"decay {group['weight_decay']}: {len(group['params'])} tensors, {weights:,} weights")
+    print(
+        f"decay {group['weight_decay']}: {len(group['params'])} tensors, {weights:,} weights"
+    )
 
 # %% [markdown]
 # Why a warm-up? Adam divides each step by a running estimate of the gradient's size. In the first steps that estimate
@@ -141,7 +149,11 @@ rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
 assert max(rates) == rates[9] == 1.0 and 0.05 < rates[-1] < 0.06
 fig, ax = plt.subplots(figsize=(7, 2.6))
 ax.plot(rates)
-ax.set(title="A tenth of the steps to warm up, then down to a twentieth", xlabel="step", ylabel="rate / peak")
+ax.set(
+    title="A tenth of the steps to warm up, then down to a twentieth",
+    xlabel="step",
+    ylabel="rate / peak",
+)
 plt.show()
 
 # %% [markdown]
@@ -189,12 +201,17 @@ def run(name, steps, **changes):
 
 steps = 2000 if FULL else 120 if tokens.vocab_size < 10_000 else 30
 result = run("tpa", steps, eval_every=steps // 6)
-print(f"{result.model.num_parameters():,} parameters, {result.tokens_per_second:,.0f} tokens per second")
+print(
+    f"{result.model.num_parameters():,} parameters, {result.tokens_per_second:,.0f} tokens per second"
+)
 
 # %%
 fig, ax = plt.subplots()
 train.plot_losses(ax, result.metrics)
-for level, text in ((know_nothing, "knows nothing"), (know_frequencies, "knows frequencies")):
+for level, text in (
+    (know_nothing, "knows nothing"),
+    (know_frequencies, "knows frequencies"),
+):
     ax.axhline(level, color="black", linestyle=":", linewidth=1.2)
     ax.text(result.metrics[-1]["tokens"], level, text, ha="right", va="bottom")
 ax.set_title(f"Loss on {tokens.source}: past counting words, on to reading")
@@ -242,7 +259,9 @@ def press_ctrl_c_at_6(step, *rest):
 
 with mock.patch.object(train, "learning_rate", press_ctrl_c_at_6):
     stopped = run("disturbed", 12, eval_every=12)
-print(f"stopped after {stopped.step} updates by {signal.Signals(stopped.stopped_by).name}")
+print(
+    f"stopped after {stopped.step} updates by {signal.Signals(stopped.stopped_by).name}"
+)
 
 # %%
 resumed, undisturbed = run("disturbed", 12), run("undisturbed", 12, eval_every=12)
@@ -268,7 +287,9 @@ def losses_would_differ():
 
 # %% tags=["solution"]
 def losses_would_differ():
-    return dict(weights=True, moments=True, step=True, gradients=False, validation_losses=False)
+    return dict(
+        weights=True, moments=True, step=True, gradients=False, validation_losses=False
+    )
 
 
 # %%
@@ -291,9 +312,13 @@ print(f"[{prompt}]" + train.generate_text(loaded.model, loaded.tokenizer, prompt
 # %%
 c = loaded.model.config
 own, mha = train.measure_caches(loaded.model, length=128)
-assert own == 128 * c.n_layer * (c.rank_k + c.rank_v) * (c.n_head + c.d_head) * 4  # bytes of a float32
+assert (
+    own == 128 * c.n_layer * (c.rank_k + c.rank_v) * (c.n_head + c.d_head) * 4
+)  # bytes of a float32
 assert mha == 128 * c.n_layer * 2 * c.n_head * c.d_head * 4
-print(f"128 tokens: {own:,} bytes of factors; MHA with the same {c.n_head} heads of width {c.d_head}: {mha:,} bytes")
+print(
+    f"128 tokens: {own:,} bytes of factors; MHA with the same {c.n_head} heads of width {c.d_head}: {mha:,} bytes"
+)
 
 # %% [markdown]
 # ## 8 · TPA and MHA at equal parameters, on a small scale
@@ -303,10 +328,14 @@ print(f"128 tokens: {own:,} bytes of factors; MHA with the same {c.n_head} heads
 
 # %% claim="app-h-equal-parameters"
 for name in ("tpa", "mha"):
-    model = train.build_model(train.TrainConfig(**settings, attention=name), tokens.vocab_size)
+    model = train.build_model(
+        train.TrainConfig(**settings, attention=name), tokens.vocab_size
+    )
     layer = sum(p.numel() for p in model.blocks[0].attention.parameters())
     cached = model.blocks[0].attention.new_cache(1, 1)
-    print(f"{name}: {model.config.n_head:2} heads, {layer:,} weights in an attention layer")
+    print(
+        f"{name}: {model.config.n_head:2} heads, {layer:,} weights in an attention layer"
+    )
 
 # %% [markdown]
 # One run of each proves nothing: another seed, that is, other initial weights and another order of the batches, also
@@ -317,7 +346,9 @@ for name in ("tpa", "mha"):
 seeds, short = (range(5), 1000) if FULL else (range(3), 30)
 final = {
     name: [
-        run(f"{name}-{seed}", short, attention=name, seed=seed, eval_every=short).metrics[-1]["val_loss"]
+        run(
+            f"{name}-{seed}", short, attention=name, seed=seed, eval_every=short
+        ).metrics[-1]["val_loss"]
         for seed in seeds
     ]
     for name in ("tpa", "mha")
@@ -331,11 +362,21 @@ print("TPA - MHA, seed by seed: " + "  ".join(f"{d:+.3f}" for d in difference))
 fig, ax = plt.subplots(figsize=(6, 3))
 for seed, pair in enumerate(zip(final["tpa"], final["mha"])):
     ax.plot(pair, color="grey", linewidth=1)
-    ax.annotate(f"seed {seed}", (1, pair[1]), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.annotate(
+        f"seed {seed}",
+        (1, pair[1]),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+    )
 ax.plot([0] * len(seeds), final["tpa"], "o", [1] * len(seeds), final["mha"], "s")
 ax.set_xticks([0, 1], ["TPA", "MHA"])
 ax.set(
-    title=f"After {short} steps: one line per seed", ylabel="validation loss (nats)", xlim=(-0.4, 1.5), box_aspect=0.6
+    title=f"After {short} steps: one line per seed",
+    ylabel="validation loss (nats)",
+    xlim=(-0.4, 1.5),
+    box_aspect=0.6,
 )
 plt.show()
 
@@ -361,7 +402,9 @@ def paired_interval(first, second, t):
 
 # %% tags=["solution"]
 def paired_interval(first, second, t):
-    d = torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64)
+    d = torch.tensor(first, dtype=torch.float64) - torch.tensor(
+        second, dtype=torch.float64
+    )
     half = t * d.std().item() / math.sqrt(len(d))  # torch's std divides by n - 1
     return d.mean().item() - half, d.mean().item() + half
 
@@ -370,8 +413,13 @@ def paired_interval(first, second, t):
 checks.ex08_4(paired_interval)
 
 # %% tags=["solution"]
-low, high = paired_interval(final["tpa"], final["mha"], {3: 4.303, 5: 2.776}[len(seeds)])
-print(f"TPA - MHA: {low:+.3f} to {high:+.3f}:", "no difference seen" if low < 0 < high else "a difference, so early")
+low, high = paired_interval(
+    final["tpa"], final["mha"], {3: 4.303, 5: 2.776}[len(seeds)]
+)
+print(
+    f"TPA - MHA: {low:+.3f} to {high:+.3f}:",
+    "no difference seen" if low < 0 < high else "a difference, so early",
+)
 
 # %% [markdown]
 # ## 9 · All mechanisms, with error bars
@@ -398,7 +446,9 @@ print(f"TPA - MHA: {low:+.3f} to {high:+.3f}:", "no difference seen" if low < 0 
 # %%
 rows = compare.read_rows(compare.MEASURED)
 assert not any(row["failed"] for row in rows)
-print(f"{len(rows)} runs of {rows[0]['steps']} steps, {rows[0]['steps'] * 1024:,} tokens each, on {rows[0]['device']}")
+print(
+    f"{len(rows)} runs of {rows[0]['steps']} steps, {rows[0]['steps'] * 1024:,} tokens each, on {rows[0]['device']}"
+)
 display(Markdown("\n".join(compare.table(rows))))
 
 # %% [markdown]
@@ -409,10 +459,18 @@ display(Markdown("\n".join(compare.table(rows))))
 # %%
 fig, ax = plt.subplots()
 for name, marker in zip(train.ATTENTIONS, "os^vDP"):
-    searched = [row for row in rows if row["experiment"] == "rates" and row["cell"] == name]
-    found = sorted((row["lr"], row["val_loss"]) for row in searched if row["data"] == "lessons")
+    searched = [
+        row for row in rows if row["experiment"] == "rates" and row["cell"] == name
+    ]
+    found = sorted(
+        (row["lr"], row["val_loss"]) for row in searched if row["data"] == "lessons"
+    )
     ax.plot(*zip(*found), marker=marker, label=name)
-ax.set(title="Each mechanism has its own best learning rate", xlabel="learning rate", ylabel="held-out loss (nats)")
+ax.set(
+    title="Each mechanism has its own best learning rate",
+    xlabel="learning rate",
+    ylabel="held-out loss (nats)",
+)
 ax.set_xscale("log", base=2)
 ax.set_xticks([0.002, 0.004, 0.008], ["0.002", "0.004", "0.008"])
 ax.legend(ncols=2, fontsize=9)
@@ -431,7 +489,9 @@ def show_differences(ax, rows):
     cells = [name for name in compare.MAIN if name != "mha"]
     mha = {row["seed"]: row["val_loss"] for row in rows if row["cell"] == "mha"}
     for place, cell in enumerate(cells):
-        dots = [row["val_loss"] - mha[row["seed"]] for row in rows if row["cell"] == cell]
+        dots = [
+            row["val_loss"] - mha[row["seed"]] for row in rows if row["cell"] == cell
+        ]
         mean, low, high, n = compare.paired_difference(rows, cell)
         ax.plot([low, high], [place, place], "|-", color="black", lw=1.5, ms=12)
         ax.plot(mean, place, "D", color="black", ms=6)
@@ -451,7 +511,11 @@ plt.show()
 for cell in compare.MAIN:
     if cell != "mha":
         print(f"{cell:17} - mha: {compare.paired_difference(lessons, cell)}")
-for cell, other in (("tpa-heads-of-mha", "tpa"), ("tpa-init-authors", "tpa"), ("tpa-init-authors", "mqa")):
+for cell, other in (
+    ("tpa-heads-of-mha", "tpa"),
+    ("tpa-init-authors", "tpa"),
+    ("tpa-init-authors", "mqa"),
+):
     print(f"{cell:17} - {other}: {compare.paired_difference(lessons, cell, other)}")
 
 # %% [markdown]
@@ -483,13 +547,34 @@ def point_of(ax, cell, measure, **look):
 
 
 def trade_off(ax, measure):
-    for rank_q, colour, marker, line in ((1, "C3", "^", ":"), (6, "C0", "o", "-"), (16, "C2", "D", "--")):
-        names = ["tpa" if (rank_q, r) == (6, 2) else f"tpa-{rank_q}-{r}-{r}" for r in (1, 2, 4)]
-        points = [point_of(ax, name, measure, marker=marker, color=colour) for name in names]
-        ax.plot(*zip(*points), color=colour, ls=line, lw=1.2, label=f"TPA, R_Q = {rank_q}; R_K = R_V = 1, 2, 4")
+    for rank_q, colour, marker, line in (
+        (1, "C3", "^", ":"),
+        (6, "C0", "o", "-"),
+        (16, "C2", "D", "--"),
+    ):
+        names = [
+            "tpa" if (rank_q, r) == (6, 2) else f"tpa-{rank_q}-{r}-{r}"
+            for r in (1, 2, 4)
+        ]
+        points = [
+            point_of(ax, name, measure, marker=marker, color=colour) for name in names
+        ]
+        ax.plot(
+            *zip(*points),
+            color=colour,
+            ls=line,
+            lw=1.2,
+            label=f"TPA, R_Q = {rank_q}; R_K = R_V = 1, 2, 4",
+        )
     for name in ("mha", "mqa", "gqa", "mla", "tpa-kv-only"):
         point = point_of(ax, name, measure, marker="s", color="black")
-        ax.annotate(name.removeprefix("tpa-"), point, xytext=(5, -11), textcoords="offset points", fontsize=8.5)
+        ax.annotate(
+            name.removeprefix("tpa-"),
+            point,
+            xytext=(5, -11),
+            textcoords="offset points",
+            fontsize=8.5,
+        )
     ax.set_xscale("log", base=2)
     ax.set_xticks([1024, 2048, 4096, 8192], ["1,024", "2,048", "4,096", "8,192"])
     ax.set_xlabel("cache, bytes per token")
@@ -499,9 +584,15 @@ def trade_off(ax, measure):
 fig, axes = plt.subplots(1, 2, figsize=(8.8, 4))
 trade_off(axes[0], lambda row: row["val_loss"])
 trade_off(axes[1], lambda row: 100 * row["recall"][0]["choice"])
-axes[0].set(ylabel="held-out loss (nats)", title="TPA: more rank, more cache, less loss")
+axes[0].set(
+    ylabel="held-out loss (nats)", title="TPA: more rank, more cache, less loss"
+)
 axes[0].legend(fontsize=8)
-axes[1].set(ylabel="right one of two facts, %", title="Recall: all of them still guess", ylim=(20, 80))
+axes[1].set(
+    ylabel="right one of two facts, %",
+    title="Recall: all of them still guess",
+    ylim=(20, 80),
+)
 axes[1].axhline(50, color="grey", lw=6, alpha=0.3)
 plt.show()
 
@@ -523,9 +614,13 @@ plt.show()
 # %%
 longer = compare.read_rows(compare.MEASURED.with_name("compare_longer.jsonl"))
 for cell in ("mha", "tpa", "tpa-init-authors"):
-    own = sorted((row for row in longer if row["cell"] == cell), key=lambda row: row["seed"])
+    own = sorted(
+        (row for row in longer if row["cell"] == cell), key=lambda row: row["seed"]
+    )
     losses = "  ".join(f"{row['val_loss']:.3f}" for row in own)
-    recalled = "  ".join(f"{probe['choice']:.0%}" for row in own for probe in row["recall"][:2])
+    recalled = "  ".join(
+        f"{probe['choice']:.0%}" for row in own for probe in row["recall"][:2]
+    )
     difference = "" if cell == "mha" else compare.paired_difference(longer, cell)
     print(f"{cell:17} losses {losses}  recall of two facts {recalled}  {difference}")
 
@@ -544,8 +639,12 @@ for cell in ("mha", "tpa", "tpa-init-authors"):
 # %%
 fig, ax = plt.subplots()
 for name, marker in zip(("tpa", "mha", "mla"), "o^P"):
-    searched = [row for row in rows if row["experiment"] == "rates" and row["cell"] == name]
-    found = sorted((row["lr"], row["val_loss"]) for row in searched if row["data"] == "fineweb-edu")
+    searched = [
+        row for row in rows if row["experiment"] == "rates" and row["cell"] == name
+    ]
+    found = sorted(
+        (row["lr"], row["val_loss"]) for row in searched if row["data"] == "fineweb-edu"
+    )
     ax.plot(*zip(*found), marker=marker, label=name)
 ax.set(
     title="Other text, other rates: MHA and MLA prefer half of theirs",
@@ -558,16 +657,30 @@ ax.legend()
 plt.show()
 
 # %%
-searched = ("mha", "mla", "tpa", "tpa-heads-of-mha", "tpa-init-authors")  # the last two take TPA's rate
+searched = (
+    "mha",
+    "mla",
+    "tpa",
+    "tpa-heads-of-mha",
+    "tpa-init-authors",
+)  # the last two take TPA's rate
 real = [row for row in compare.compared(rows, "fineweb-edu") if row["cell"] in searched]
-print(f"lowest loss at step {min(row['val_step'] for row in real)} or later, after {real[0]['epochs']:.2f} passes")
+print(
+    f"lowest loss at step {min(row['val_step'] for row in real)} or later, after {real[0]['epochs']:.2f} passes"
+)
 for cell in searched:
-    own = sorted((row for row in real if row["cell"] == cell), key=lambda row: row["seed"])
+    own = sorted(
+        (row for row in real if row["cell"] == cell), key=lambda row: row["seed"]
+    )
     losses = "  ".join(f"{row['val_loss']:.3f}" for row in own)
     bits = np.mean([row["bits_per_byte"] for row in own])
     difference = "" if cell == "mha" else compare.paired_difference(real, cell)
-    print(f"{cell:17} rate {own[0]['lr']}  losses {losses}  {bits:.2f} bits per byte  {difference}")
-print(f"tpa-init-authors - tpa: {compare.paired_difference(real, 'tpa-init-authors', 'tpa')}")
+    print(
+        f"{cell:17} rate {own[0]['lr']}  losses {losses}  {bits:.2f} bits per byte  {difference}"
+    )
+print(
+    f"tpa-init-authors - tpa: {compare.paired_difference(real, 'tpa-init-authors', 'tpa')}"
+)
 
 # %% [markdown]
 # The last column is the difference to MHA. TPA with the paper's initialization ends 0.2 nats above MHA, a clear gap. The

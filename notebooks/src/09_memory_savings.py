@@ -40,7 +40,9 @@ layers = {
     "TPA (16, 1, 1)": Layer("tpa", **shape, rank_q=16, rank_k=1, rank_v=1),
     "TPA (16, 2, 2)": Layer("tpa", **shape, rank_q=16, rank_k=2, rank_v=2),
 }
-diagrams.per_token_bars(layers, "A layer of Llama 3 70B: sharing and factorizing both cut MHA's cache")
+diagrams.per_token_bars(
+    layers, "A layer of Llama 3 70B: sharing and factorizing both cut MHA's cache"
+)
 
 # %% [markdown]
 # The labels say TPA (R_Q, R_K, R_V); only the last two count for the cache.
@@ -57,7 +59,9 @@ from tpa_minimal.memory import ratios
 
 for name in ("TPA (16, 1, 1)", "TPA (16, 2, 2)"):
     print(name, "caches")
-    for baseline, ratio in ratios(layers[name], layers["GQA, 8 heads (shipped)"]).items():
+    for baseline, ratio in ratios(
+        layers[name], layers["GQA, 8 heads (shipped)"]
+    ).items():
         print(f"  {ratio:5.1f} times less than {baseline}")
 
 # %% [markdown]
@@ -75,7 +79,16 @@ import functools
 from tpa_minimal.baselines import MultiHeadAttention, MultiHeadLatentAttention
 from tpa_minimal.tpa import T6, T6Config, TensorProductAttention
 
-config = T6Config(vocab_size=64, n_layer=1, d_model=32, n_head=16, d_head=64, rank_q=2, rank_k=1, rank_v=1)
+config = T6Config(
+    vocab_size=64,
+    n_layer=1,
+    d_model=32,
+    n_head=16,
+    d_head=64,
+    rank_q=2,
+    rank_k=1,
+    rank_v=1,
+)
 real = {
     "mha": MultiHeadAttention,
     "gqa": functools.partial(MultiHeadAttention, n_kv_head=4),
@@ -91,7 +104,9 @@ for mechanism, attention in real.items():
     formula = Layer(mechanism, 32, 16, 64, n_kv_head=4, rank_q=2, rank_k=1, rank_v=1)
     assert cache.nbytes == formula.cached_numbers * 3 * 10 * 4  # float32: 4 bytes
     assert sum(p.numel() for p in layer.parameters()) == formula.parameters
-    print(f"{mechanism}: {formula.cached_numbers:5d} numbers per token, {cache.nbytes:7,} bytes held, as computed")
+    print(
+        f"{mechanism}: {formula.cached_numbers:5d} numbers per token, {cache.nbytes:7,} bytes held, as computed"
+    )
 
 # %% [markdown]
 # An object may tell a story about itself, so ask the operating system too. The script below runs in a process of its
@@ -137,12 +152,21 @@ import sys
 # A fixed threshold makes the allocator return freed blocks at once; otherwise one mechanism would reuse another's.
 environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 if sys.platform == "linux":  # elsewhere a process's memory is counted in other ways
-    done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     rows = json.loads(done.stdout)
     for row in rows.values():
         assert row["formula"] == row["cache"]
     off = max(abs(row["held"] - row["formula"]) / 1e6 for row in rows.values())
-    above = {name: round((row["peak"] - row["formula"]) / 1e6, 1) for name, row in rows.items()}
+    above = {
+        name: round((row["peak"] - row["formula"]) / 1e6, 1)
+        for name, row in rows.items()
+    }
     print(f"held: at most {off:.2f} MB from the formula; peak above it [MB]: {above}")
     assert off < 1 and max(above.values()) < 16
 
@@ -153,17 +177,36 @@ if sys.platform == "linux":
     fig, ax = plt.subplots(figsize=(7.5, 3.4))
     places = range(len(rows))
     ax.bar(
-        places, [row["formula"] / 1e6 for row in rows.values()], 0.55, color="0.85", edgecolor="black", label="formula"
+        places,
+        [row["formula"] / 1e6 for row in rows.values()],
+        0.55,
+        color="0.85",
+        edgecolor="black",
+        label="formula",
     )
-    for key, marker, label in (("cache", "x", "cache object"), ("held", "o", "held"), ("peak", "^", "peak")):
+    for key, marker, label in (
+        ("cache", "x", "cache object"),
+        ("held", "o", "held"),
+        ("peak", "^", "peak"),
+    ):
         values = [row[key] / 1e6 for row in rows.values()]
-        ax.plot(places, values, marker, color="black", markerfacecolor="none", markersize=9, label=label)
+        ax.plot(
+            places,
+            values,
+            marker,
+            color="black",
+            markerfacecolor="none",
+            markersize=9,
+            label=label,
+        )
     ax.set_yscale("log")
     ax.set_xticks(places, rows)
     ax.set_ylabel("memory [MB]")
     ax.grid(axis="x", visible=False)
     ax.legend()
-    ax.set_title("Formula, cache object and held memory agree; the peak of a step lies above")
+    ax.set_title(
+        "Formula, cache object and held memory agree; the peak of a step lies above"
+    )
     plt.show()
 
 # %% [markdown]
@@ -183,9 +226,18 @@ if sys.platform == "linux":
 
 # %% claim="llama-70b-question" tags=["nbval-check-output"]
 llama = MODELS["Llama 3 70B"]
-versions = {"as shipped": llama, "TPA (16, 1, 1)": llama.with_tpa(16, 1, 1), "TPA (16, 2, 2)": llama.with_tpa(16, 2, 2)}
-print(f"{llama.name}: {llama.layer.describe()}, {llama.n_layer} layers, sizes from {llama.source}")
-for name, version in {"MHA, 64 heads": llama.with_attention(layers["MHA"]), **versions}.items():
+versions = {
+    "as shipped": llama,
+    "TPA (16, 1, 1)": llama.with_tpa(16, 1, 1),
+    "TPA (16, 2, 2)": llama.with_tpa(16, 2, 2),
+}
+print(
+    f"{llama.name}: {llama.layer.describe()}, {llama.n_layer} layers, sizes from {llama.source}"
+)
+for name, version in {
+    "MHA, 64 heads": llama.with_attention(layers["MHA"]),
+    **versions,
+}.items():
     print(
         f"{name:15s} {version.bytes_per_token() / 1e3:6.1f} kB per token, {version.cache_bytes(131_072) / GB:6.2f} GB "
         f"for 128k tokens; {version.parameters / 1e9:.2f} billion weights"
@@ -201,8 +253,14 @@ for name, version in {"MHA, 64 heads": llama.with_attention(layers["MHA"]), **ve
 
 # %% tags=["nbval-check-output"]
 for dtype in ("bfloat16", "int8", "int4"):
-    most = [f"{version.largest_context(80 * GB, weight_dtype=dtype):9,}" for version in versions.values()]
-    print(f"weights in {dtype:8s} {llama.weight_bytes(dtype) / GB:6.1f} GB; largest context: " + " | ".join(most))
+    most = [
+        f"{version.largest_context(80 * GB, weight_dtype=dtype):9,}"
+        for version in versions.values()
+    ]
+    print(
+        f"weights in {dtype:8s} {llama.weight_bytes(dtype) / GB:6.1f} GB; largest context: "
+        + " | ".join(most)
+    )
 
 # %% [markdown]
 # With 8-bit weights the shipped model has room for 28,827 tokens, TPA for 226,110 with ranks 1 and 111,007 with
@@ -252,7 +310,10 @@ explorer.explorer()
 # %% tags=["nbval-check-output"]
 print("kB per token:    shipped  (16, 1, 1)  (16, 2, 2)")
 for model in MODELS.values():
-    sizes = [m.bytes_per_token() / 1e3 for m in (model, model.with_tpa(16, 1, 1), model.with_tpa(16, 2, 2))]
+    sizes = [
+        m.bytes_per_token() / 1e3
+        for m in (model, model.with_tpa(16, 1, 1), model.with_tpa(16, 2, 2))
+    ]
     numbers = "{:8.1f}{:12.1f}{:12.1f}".format(*sizes)
     print(f"{model.name:16s}{numbers}  {model.layer.describe()}; {model.source}")
     if model.note:
@@ -269,9 +330,17 @@ for model in MODELS.values():
 from tpa_minimal.memory import break_even_ranks
 
 marks = {"paper, small": (34, 64), "Llama 70B": (64, 128)}
-print(f"Llama 70B: break-even with its 8 shared heads at R_K + R_V = {break_even_ranks(64, 128, 8):.1f}")
-assert Layer("tpa", **shape, rank_k=5, rank_v=5).cached_numbers < layers["GQA, 8 heads (shipped)"].cached_numbers
-assert Layer("tpa", **shape, rank_k=5, rank_v=6).cached_numbers > layers["GQA, 8 heads (shipped)"].cached_numbers
+print(
+    f"Llama 70B: break-even with its 8 shared heads at R_K + R_V = {break_even_ranks(64, 128, 8):.1f}"
+)
+assert (
+    Layer("tpa", **shape, rank_k=5, rank_v=5).cached_numbers
+    < layers["GQA, 8 heads (shipped)"].cached_numbers
+)
+assert (
+    Layer("tpa", **shape, rank_k=5, rank_v=6).cached_numbers
+    > layers["GQA, 8 heads (shipped)"].cached_numbers
+)
 diagrams.ratio_map(marks=marks)
 
 # %%
@@ -291,10 +360,16 @@ from tpa_minimal.memory import PAPER_HEADS, match_heads
 numbers = {}
 for name, heads in PAPER_HEADS["small-124M"].items():
     numbers[name] = Layer(name, 768, heads, 64, n_kv_head=2).cached_numbers
-    nearest = match_heads(name, 4 * 768**2, 768, 64, **({"n_kv_head": 2} if name == "gqa" else {}))
-    print(f"{name:12s}{heads:3d} heads (nearest to 4 d_model²: {nearest:2d}), {numbers[name]:5,} numbers cached")
+    nearest = match_heads(
+        name, 4 * 768**2, 768, 64, **({"n_kv_head": 2} if name == "gqa" else {})
+    )
+    print(
+        f"{name:12s}{heads:3d} heads (nearest to 4 d_model²: {nearest:2d}), {numbers[name]:5,} numbers cached"
+    )
 
-assert numbers["mqa"] < numbers["gqa"] < numbers["mla"] < numbers["tpa"] < numbers["mha"]
+assert (
+    numbers["mqa"] < numbers["gqa"] < numbers["mla"] < numbers["tpa"] < numbers["mha"]
+)
 
 # %% [markdown]
 # At the paper's small size TPA caches 3.9 times less than MHA and *more* than all the others. Its argument there is
@@ -310,7 +385,9 @@ for context in (1024, 8192, 131_072):
     weights = llama.weight_bytes("int4")
     share = llama.cache_bytes(context) / (weights + llama.cache_bytes(context))
     less = 1 - one.cache_bytes(context) / llama.cache_bytes(context)
-    print(f"{context:7,} tokens: the cache is {share:5.1%} of all; TPA's cache saves {share * less:5.1%} of the memory")
+    print(
+        f"{context:7,} tokens: the cache is {share:5.1%} of all; TPA's cache saves {share * less:5.1%} of the memory"
+    )
 
 # %% [markdown]
 # **For models that look back a short way only.** Where most layers keep a sliding window, as in Gemma 3, the window
@@ -319,13 +396,22 @@ for context in (1024, 8192, 131_072):
 # %% tags=["nbval-check-output"]
 gemma = MODELS["Gemma 3 27B"]
 everywhere = gemma.layer.cached_numbers * gemma.n_layer * 131_072 * 2
-print(f"Gemma 3 27B, 128k tokens: {gemma.cache_bytes(131_072) / GB:.1f} GB; without windows {everywhere / GB:.1f} GB")
+print(
+    f"Gemma 3 27B, 128k tokens: {gemma.cache_bytes(131_072) / GB:.1f} GB; without windows {everywhere / GB:.1f} GB"
+)
 for ranks in ((16, 1, 1), (16, 2, 2)):
-    print(f"  with its windows and TPA {ranks}: {gemma.with_tpa(*ranks).cache_bytes(131_072) / GB:.1f} GB")
+    print(
+        f"  with its windows and TPA {ranks}: {gemma.with_tpa(*ranks).cache_bytes(131_072) / GB:.1f} GB"
+    )
 deepseek = MODELS["DeepSeek-V3"]
 for ranks in ((16, 1, 1), (16, 2, 2)):
-    shipped, own = deepseek.layer.cached_numbers, deepseek.with_tpa(*ranks).layer.cached_numbers
-    print(f"DeepSeek-V3: {shipped} numbers per token and layer, with TPA {ranks}: {own}")
+    shipped, own = (
+        deepseek.layer.cached_numbers,
+        deepseek.with_tpa(*ranks).layer.cached_numbers,
+    )
+    print(
+        f"DeepSeek-V3: {shipped} numbers per token and layer, with TPA {ranks}: {own}"
+    )
 
 # %% [markdown]
 # DeepSeek-V3's latent is already so small that only rank 1 is below it, by a ninth, and rank 2 nearly doubles it.
@@ -357,14 +443,23 @@ for ranks in ((16, 1, 1), (16, 2, 2)):
 # %% claim="app-a4-costs" tags=["nbval-check-output"]
 for label, layer in layers.items():
     numbers = layer.cached_numbers
-    print(f"{label:24s}{layer.decode_multiply_adds(1):7,} multiply-adds and {numbers:6,} numbers read per cached token")
-example = Layer("mla", 7168, 64, 128, d_c=512, d_c_q=1536, d_rope=64)  # the paper's third worked example
+    print(
+        f"{label:24s}{layer.decode_multiply_adds(1):7,} multiply-adds and {numbers:6,} numbers read per cached token"
+    )
+example = Layer(
+    "mla", 7168, 64, 128, d_c=512, d_c_q=1536, d_rope=64
+)  # the paper's third worked example
 assert example.decode_multiply_adds(1) == 69_632
-assert Layer("tpa", 7168, 64, 128, rank_q=16, rank_k=1, rank_v=1).decode_multiply_adds(1) == 11_264
+assert (
+    Layer("tpa", 7168, 64, 128, rank_q=16, rank_k=1, rank_v=1).decode_multiply_adds(1)
+    == 11_264
+)
 
 # %%
 title = "Both TPA layers read far less than MHA and GQA; by App. A.4 rank 1 also computes less"
-diagrams.decode_cost({label: layer for label, layer in layers.items() if label != "MQA"}, title=title)
+diagrams.decode_cost(
+    {label: layer for label, layer in layers.items() if label != "MQA"}, title=title
+)
 
 # %% [markdown]
 # Left: in the paper's order ranks (16, 1, 1) compute less than MHA, (16, 2, 2) more. Right: both read far less.
@@ -385,7 +480,9 @@ from tpa_minimal.experiments.train import learning_rate, new_optimizer
 
 lessons = data.prepare("lessons", tokens=300_000, progress=False)
 torch.manual_seed(0)
-config = T6Config(lessons.vocab_size, n_layer=2, d_model=128, n_head=8, d_head=32, max_len=256)
+config = T6Config(
+    lessons.vocab_size, n_layer=2, d_model=128, n_head=8, d_head=32, max_len=256
+)
 model, steps = T6(config), 120
 optimizer = new_optimizer(model, lr=4e-3)
 
@@ -410,7 +507,10 @@ text = "Count by 12 from 51: 51, 63, 75, 87, 99.\nQuestion: Which number comes a
 tokens = torch.tensor([lessons.tokenizer.encode(text)])
 words = [lessons.tokenizer.decode([i]).replace("\n", "↵") for i in tokens[0].tolist()]
 seen = []
-hooks = [block.attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for block in model.blocks]
+hooks = [
+    block.attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for block in model.blocks
+]
 with torch.no_grad():
     model(tokens)
     factors = [block.attention.factors(x) for block, x in zip(model.blocks, seen)]
@@ -424,14 +524,20 @@ fig, axes = plt.subplots(2, 1, figsize=(9, 4.4), sharex=True)
 for r, ax in enumerate(axes):
     table = a_k[0, :, r].T  # (h, T)
     limit = a_k.abs().max()
-    image = ax.imshow(table, cmap=plt.get_cmap("PuOr", 21), vmin=-limit, vmax=limit, aspect="auto")
-    ax.plot(*torch.where(table.T < 0), ".", color="black", markersize=2)  # for readers without colour
+    image = ax.imshow(
+        table, cmap=plt.get_cmap("PuOr", 21), vmin=-limit, vmax=limit, aspect="auto"
+    )
+    ax.plot(
+        *torch.where(table.T < 0), ".", color="black", markersize=2
+    )  # for readers without colour
     ax.set_ylabel(f"head\n(rank {r + 1})")
     ax.set_yticks(range(8), range(1, 9))
     ax.grid(visible=False)
 axes[1].set_xticks(range(len(words)), words, rotation=90, fontsize=8)
 fig.colorbar(image, ax=axes, label="entry of $a_K$")
-axes[0].set_title("$A_K$: each token says how strongly it shows itself to each head (dots: negative)")
+axes[0].set_title(
+    "$A_K$: each token says how strongly it shows itself to each head (dots: negative)"
+)
 plt.show()
 
 # %% [markdown]
@@ -441,14 +547,20 @@ plt.show()
 
 # %%
 with torch.no_grad():
-    plain = model.blocks[1].attention.project(seen[1])[3][0]  # b_k before RoPE: (T, R_K, d_h)
+    plain = model.blocks[1].attention.project(seen[1])[3][
+        0
+    ]  # b_k before RoPE: (T, R_K, d_h)
 alike = F.cosine_similarity(plain[:, None, 0], plain[None, :, 0], dim=-1)  # (T, T)
 digits = torch.tensor([word.strip().isdigit() for word in words])
 among = alike[digits][:, digits][~torch.eye(int(digits.sum()), dtype=torch.bool)].mean()
 across = alike[digits][:, ~digits].mean()
-print(f"mean cosine in the whole text: digit and digit {among:.2f}, digit and other token {across:.2f}")
+print(
+    f"mean cosine in the whole text: digit and digit {among:.2f}, digit and other token {across:.2f}"
+)
 
-end = words.index(".")  # up to here the text counts; all but two of the digits stand there
+end = words.index(
+    "."
+)  # up to here the text counts; all but two of the digits stand there
 count, digit = alike[:end, :end], digits[:end]
 pairs = ~torch.eye(end, dtype=torch.bool)
 for name, one, other in (
@@ -456,7 +568,9 @@ for name, one, other in (
     ("other tokens", ~digit, ~digit),
     ("digit and other", digit, ~digit),
 ):
-    print(f"in the count alone: {name} {count[one[:, None] & other & pairs].mean():.2f}")
+    print(
+        f"in the count alone: {name} {count[one[:, None] & other & pairs].mean():.2f}"
+    )
 
 # %%
 fig, ax = plt.subplots(figsize=(6.6, 5.6))
@@ -466,7 +580,9 @@ ax.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
 ax.set_yticks(range(len(words)), words, fontsize=8)
 ax.grid(visible=False)
 fig.colorbar(image, label="cosine of two $b_K$ (rank 1)")
-ax.set_title("$B_K$ (rank 1): in the count, digits differ from the rest (dots: negative)")
+ax.set_title(
+    "$B_K$ (rank 1): in the count, digits differ from the rest (dots: negative)"
+)
 plt.show()
 
 # %% [markdown]
@@ -493,7 +609,9 @@ relative = (per_token / per_token[:, :1]).clamp(min=1e-9)
 left.semilogy(range(1, 9), relative.T, color="0.7", linewidth=0.8)
 left.semilogy(range(1, 9), relative.median(0).values, "o-", color="black")
 left.set_title("Each token's $K_t$: rank $R_K$ = 2")
-right.semilogy(range(1, len(whole) + 1), whole / whole[0], "o-", color="black", markersize=4)
+right.semilogy(
+    range(1, len(whole) + 1), whole / whole[0], "o-", color="black", markersize=4
+)
 right.set_title("All tokens' keys: many directions")
 for ax in (left, right):
     ax.set_xlabel("number of the singular value")
@@ -523,7 +641,9 @@ for head, ax in enumerate(axes.flat):
 fig.supxlabel("attended token")
 fig.supylabel("querying token")
 fig.colorbar(image, ax=axes, label="√ of the weight")
-fig.suptitle("Eight heads, related patterns, from two key factors per token", x=0.01, ha="left")
+fig.suptitle(
+    "Eight heads, related patterns, from two key factors per token", x=0.01, ha="left"
+)
 plt.show()
 
 # %% [markdown]
@@ -538,14 +658,42 @@ plt.show()
 
 
 # %% tags=["exercise"]
-def tpa_cache_bytes(n_layer, n_head, d_head, rank_k, rank_v, context, batch_size, bytes_per_number, n_local, window):
+def tpa_cache_bytes(
+    n_layer,
+    n_head,
+    d_head,
+    rank_k,
+    rank_v,
+    context,
+    batch_size,
+    bytes_per_number,
+    n_local,
+    window,
+):
     raise NotImplementedError
 
 
 # %% tags=["solution"]
-def tpa_cache_bytes(n_layer, n_head, d_head, rank_k, rank_v, context, batch_size, bytes_per_number, n_local, window):
+def tpa_cache_bytes(
+    n_layer,
+    n_head,
+    d_head,
+    rank_k,
+    rank_v,
+    context,
+    batch_size,
+    bytes_per_number,
+    n_local,
+    window,
+):
     positions = (n_layer - n_local) * context + n_local * min(context, window)
-    return (rank_k + rank_v) * (n_head + d_head) * positions * batch_size * bytes_per_number
+    return (
+        (rank_k + rank_v)
+        * (n_head + d_head)
+        * positions
+        * batch_size
+        * bytes_per_number
+    )
 
 
 # %%

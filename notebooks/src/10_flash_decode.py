@@ -92,7 +92,9 @@ bandwidth = bench.copy_bandwidth(device, megabytes=64)
 matrix = torch.randn(1024, 1024, device=device)
 product = bench.in_turns({"product": lambda: matrix @ matrix}, 5, device)["product"]
 peak = 2 * 1024**3 / (product["min_ms"] / 1000)
-print(f"{bandwidth / 1e9:.0f} GB/s, {peak / 1e9:.0f} billion operations per second, {threads} threads, {device}")
+print(
+    f"{bandwidth / 1e9:.0f} GB/s, {peak / 1e9:.0f} billion operations per second, {threads} threads, {device}"
+)
 
 # %% [markdown]
 # The **roofline** is the limit that follows: a program of intensity $I$ performs at most
@@ -104,7 +106,12 @@ x = torch.logspace(-2, 8, 100, base=2)
 ax.plot(x, (x * bandwidth).clamp(max=peak) / 1e9, color="black")
 for (name, value), marker in zip(kinds.items(), "os^"):
     ax.plot(value, min(value * bandwidth, peak) / 1e9, marker, markersize=9)
-    ax.annotate(name, (value, min(value * bandwidth, peak) / 1e9), (6, -16), textcoords="offset points")
+    ax.annotate(
+        name,
+        (value, min(value * bandwidth, peak) / 1e9),
+        (6, -16),
+        textcoords="offset points",
+    )
 ax.set_xscale("log", base=2)
 ax.set_yscale("log", base=2)
 ax.set(xlabel="operations per byte", ylabel="billion operations per second")
@@ -135,7 +142,10 @@ def attend_to(logits, v):
     return m, weights.sum(0), torch.einsum("mh,mhd->hd", weights, v)
 
 
-logits, v = 20 * torch.randn(1000, h, dtype=torch.float64), torch.randn(1000, h, d_h, dtype=torch.float64)
+logits, v = (
+    20 * torch.randn(1000, h, dtype=torch.float64),
+    torch.randn(1000, h, d_h, dtype=torch.float64),
+)
 stretches = [slice(0, 100), slice(100, 617), slice(617, 1000)]
 parts = [attend_to(logits[stretch], v[stretch]) for stretch in stretches]
 m, s, y = (torch.stack(part) for part in zip(*parts))  # (3, h), (3, h), (3, h, d_h)
@@ -167,14 +177,24 @@ torch.testing.assert_close(merged, whole, rtol=1e-12, atol=1e-12)
 
 # %%
 @triton.jit
-def scores_kernel(q, a_k, b_k, out, M, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # which rows of the cache are mine?
+def scores_kernel(
+    q, a_k, b_k, out, M, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    positions = tl.program_id(0) * BLOCK + tl.arange(
+        0, BLOCK
+    )  # which rows of the cache are mine?
     heads, features = tl.arange(0, H), tl.arange(0, D)
     seen = (positions < M)[:, None]  # the last tile may stick out of the cache
-    b = tl.load(b_k + positions[:, None] * D + features[None, :], mask=seen, other=0.0)  # (BLOCK, D)
-    a = tl.load(a_k + positions[:, None] * H + heads[None, :], mask=seen, other=0.0)  # (BLOCK, H)
+    b = tl.load(
+        b_k + positions[:, None] * D + features[None, :], mask=seen, other=0.0
+    )  # (BLOCK, D)
+    a = tl.load(
+        a_k + positions[:, None] * H + heads[None, :], mask=seen, other=0.0
+    )  # (BLOCK, H)
     query = tl.load(q + heads[:, None] * D + features[None, :])  # (H, D)
-    logits = tl.dot(query, tl.trans(b), input_precision="ieee") * tl.trans(a)  # (H, BLOCK)
+    logits = tl.dot(query, tl.trans(b), input_precision="ieee") * tl.trans(
+        a
+    )  # (H, BLOCK)
     tl.store(out + positions[:, None] * H + heads[None, :], tl.trans(logits), mask=seen)
 
 
@@ -186,12 +206,19 @@ def scores_kernel(q, a_k, b_k, out, M, H: tl.constexpr, D: tl.constexpr, BLOCK: 
 
 # %%
 M = 100
-q, a_k, b_k = (torch.randn(rows, width, device=device) for rows, width in ((h, d_h), (M, h), (M, d_h)))
-out = torch.full((M + 32, h), math.nan, device=device)  # with room for a tile that does not stop in time
+q, a_k, b_k = (
+    torch.randn(rows, width, device=device)
+    for rows, width in ((h, d_h), (M, h), (M, d_h))
+)
+out = torch.full(
+    (M + 32, h), math.nan, device=device
+)  # with room for a tile that does not stop in time
 scores_kernel[triton.cdiv(M, 32),](q, a_k, b_k, out, M, H=h, D=d_h, BLOCK=32)
 torch.testing.assert_close(out[:M], (b_k @ q.T) * a_k, rtol=1e-4, atol=1e-4)
 assert out[M:].isnan().all()
-print("programs:", triton.cdiv(M, 32), "· positions in the last one:", M - 32 * (M // 32))
+print(
+    "programs:", triton.cdiv(M, 32), "· positions in the last one:", M - 32 * (M // 32)
+)
 
 # %% [markdown]
 # No `nan` is left: every entry was written, and none beyond the end.
@@ -217,15 +244,27 @@ def split_kernel(
     for first in range(i * stretch, end, BLOCK):
         positions = first + tl.arange(0, BLOCK)
         seen = (positions < end)[:, None]
-        row_h, row_d = positions[:, None] * H + heads[None, :], positions[:, None] * D + features[None, :]
-        p = tl.dot(query, tl.trans(tl.load(b_k + row_d, mask=seen, other=0.0)), input_precision="ieee")
+        row_h, row_d = (
+            positions[:, None] * H + heads[None, :],
+            positions[:, None] * D + features[None, :],
+        )
+        p = tl.dot(
+            query,
+            tl.trans(tl.load(b_k + row_d, mask=seen, other=0.0)),
+            input_precision="ieee",
+        )
         logits = p * tl.trans(tl.load(a_k + row_h, mask=seen, other=0.0))
         logits = tl.where((positions < end)[None, :], logits, float("-inf"))
         m_new = tl.maximum(m, tl.max(logits, 1))
         weights, shrink = tl.exp2(logits - m_new[:, None]), tl.exp2(m - m_new)
         scaled = weights * tl.trans(tl.load(a_v + row_h, mask=seen, other=0.0))
         s = s * shrink + tl.sum(weights, 1)
-        y = tl.dot(scaled, tl.load(b_v + row_d, mask=seen, other=0.0), y * shrink[:, None], input_precision="ieee")
+        y = tl.dot(
+            scaled,
+            tl.load(b_v + row_d, mask=seen, other=0.0),
+            y * shrink[:, None],
+            input_precision="ieee",
+        )
         m = m_new
     tl.store(m_out + i * H + heads, m)
     tl.store(s_out + i * H + heads, s)
@@ -240,7 +279,11 @@ def split_kernel(
 
 # %%
 M, count = 1000, 4
-factors = [torch.randn(1, T, R, w, device=device) for T, R in ((1, 6), (M, 1), (M, 1)) for w in (h, d_h)]
+factors = [
+    torch.randn(1, T, R, w, device=device)
+    for T, R in ((1, 6), (M, 1), (M, 1))
+    for w in (h, d_h)
+]
 q = assemble(*factors[:2])[0, 0] * (math.log2(math.e) / math.sqrt(d_h))
 m, s = torch.empty(2, count, h, device=device)
 y = torch.empty(count, h, d_h, device=device)
@@ -254,7 +297,9 @@ split_kernel[count,](q.contiguous(), *held, m, s, y, M, 250, H=h, D=d_h, BLOCK=3
 shrink = torch.exp2(m - m.amax(0))
 ours = (shrink[..., None] * y).sum(0) / (shrink * s).sum(0)[:, None]
 exact = factor_attention(*(factor.double() for factor in factors), start=M - 1)[0, 0]
-print(f"relative error against float64: {((ours - exact).norm() / exact.norm()).item():.0e}")
+print(
+    f"relative error against float64: {((ours - exact).norm() / exact.norm()).item():.0e}"
+)
 assert (ours - exact).norm() <= 1e-5 * exact.norm()
 
 # %% [markdown]
@@ -281,7 +326,9 @@ rest, total = exact_q.float(), torch.zeros_like(exact_q)
 for parts in (1, 2, 3):
     part = rest.bfloat16()
     rest, total = rest - part.float(), total + part.double()
-    print(f"{parts} part{'s' * (parts > 1)}: relative error {((total - exact_q) / exact_q).abs().max().item():.0e}")
+    print(
+        f"{parts} part{'s' * (parts > 1)}: relative error {((total - exact_q) / exact_q).abs().max().item():.0e}"
+    )
 
 # %% [markdown]
 # Three parts are as good as float32. That costs three small products in place of one, while the bytes that are read stay
@@ -293,12 +340,19 @@ worst = {}
 for dtype in (torch.float32, torch.bfloat16):
     for scale in (1, 30):
         shapes = [(2, T, R, w) for T, R in ((1, 6), (77, 2), (77, 3)) for w in (20, 24)]
-        factors = [(scale * torch.randn(shape, device=device)).to(dtype) for shape in shapes]
+        factors = [
+            (scale * torch.randn(shape, device=device)).to(dtype) for shape in shapes
+        ]
         exact = factor_attention(*(factor.double() for factor in factors), start=76)
         got = flash_decode.decode(*factors).double()
         worst[dtype, scale] = ((got - exact).norm() / exact.norm()).item()
-        print(f"{str(dtype):15} factors × {scale:2}: relative error {worst[dtype, scale]:.0e}")
-assert all(value <= (1e-5 if dtype == torch.float32 else 2e-2) for (dtype, _), value in worst.items())
+        print(
+            f"{str(dtype):15} factors × {scale:2}: relative error {worst[dtype, scale]:.0e}"
+        )
+assert all(
+    value <= (1e-5 if dtype == torch.float32 else 2e-2)
+    for (dtype, _), value in worst.items()
+)
 
 # %% [markdown]
 # Batch 2, 20 heads, 77 positions, ranks 6, 2 and 3: nothing there fits a tile. In bfloat16 the rounding of the result
@@ -310,7 +364,9 @@ assert all(value <= (1e-5 if dtype == torch.float32 else 2e-2) for (dtype, _), v
 # and training keep to PyTorch.
 
 # %%
-model = T6(T6Config(vocab_size=60, n_layer=2, d_model=32, n_head=4, d_head=8, max_len=32)).to(device)
+model = T6(
+    T6Config(vocab_size=60, n_layer=2, d_model=32, n_head=4, d_head=8, max_len=32)
+).to(device)
 for weight in model.parameters():
     torch.nn.init.normal_(weight, std=0.2)
 prompt = torch.randint(60, (1, 8), device=device)
@@ -334,12 +390,26 @@ for key, value in result["environment"].items():
 shown = ["MHA", "MLA", "GQA-4", "MQA", "TPA (16, 1, 1)", "TPA (16, 2, 2)"]
 fig, ax = plt.subplots(figsize=(7, 4))
 for name, marker, line in zip(shown, "oDs*^v", ("-", ":", "--", ":", "-", "-.")):
-    rows = [row for row in result["rows"] if row["mechanism"] == name and row["way"] != "triton"]
-    ax.plot([row["context"] for row in rows], [row["median_ms"] for row in rows], marker=marker, ls=line, label=name)
+    rows = [
+        row
+        for row in result["rows"]
+        if row["mechanism"] == name and row["way"] != "triton"
+    ]
+    ax.plot(
+        [row["context"] for row in rows],
+        [row["median_ms"] for row in rows],
+        marker=marker,
+        ls=line,
+        label=name,
+    )
 speed = result["environment"]["copy_bandwidth_GB_per_s"] * 1e6  # bytes per millisecond
 rows = [row for row in result["rows"] if row["mechanism"] == "TPA (16, 1, 1)"]
 ax.plot(
-    [r["context"] for r in rows], [r["bytes"] / speed for r in rows], "k:", lw=1, label="reading the rank-1 factors"
+    [r["context"] for r in rows],
+    [r["bytes"] / speed for r in rows],
+    "k:",
+    lw=1,
+    label="reading the rank-1 factors",
 )
 ax.set(yscale="log", xlabel="context, tokens", ylabel="milliseconds (median)")
 ax.set_xscale("log", base=2)
@@ -404,12 +474,30 @@ checks.ex10_1(merge)
 
 
 # %% tags=["exercise"]
-def least_ms(batch: int, M: int, h: int, d_h: int, rank_k: int, rank_v: int, size: int, gb_per_s: float) -> float:
+def least_ms(
+    batch: int,
+    M: int,
+    h: int,
+    d_h: int,
+    rank_k: int,
+    rank_v: int,
+    size: int,
+    gb_per_s: float,
+) -> float:
     raise NotImplementedError
 
 
 # %% tags=["solution"]
-def least_ms(batch: int, M: int, h: int, d_h: int, rank_k: int, rank_v: int, size: int, gb_per_s: float) -> float:
+def least_ms(
+    batch: int,
+    M: int,
+    h: int,
+    d_h: int,
+    rank_k: int,
+    rank_v: int,
+    size: int,
+    gb_per_s: float,
+) -> float:
     return batch * M * (rank_k + rank_v) * (h + d_h) * size / (gb_per_s * 1e9) * 1000
 
 

@@ -50,7 +50,14 @@ from torch.testing import assert_close
 
 from tpa_minimal import variants
 from tpa_minimal.course import checks, looks
-from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, apply_rope, factor_attention, rope_tables
+from tpa_minimal.tpa import (
+    T6,
+    T6Config,
+    TensorProductAttention,
+    apply_rope,
+    factor_attention,
+    rope_tables,
+)
 
 looks.style()
 torch.manual_seed(0)
@@ -63,7 +70,17 @@ print(inspect.getsource(variants.FixedHeadFactors))
 # $h=8$ heads of width $d_h=16$ and ranks $(4,2,2)$:
 
 # %% tags=["nbval-check-output"]
-config = T6Config(vocab_size=64, n_layer=1, d_model=32, n_head=8, d_head=16, rank_q=4, rank_k=2, rank_v=2, max_len=64)
+config = T6Config(
+    vocab_size=64,
+    n_layer=1,
+    d_model=32,
+    n_head=8,
+    d_head=16,
+    rank_q=4,
+    rank_k=2,
+    rank_v=2,
+    max_len=64,
+)
 kinds = [
     TensorProductAttention,
     variants.KeyValueOnly,
@@ -77,7 +94,9 @@ kinds = [
 x = torch.randn(2, 24, config.d_model)
 for kind in kinds:
     layer = kind(config)
-    torch.nn.init.normal_(layer.out_proj.weight)  # zero at the start, which would hide any difference
+    torch.nn.init.normal_(
+        layer.out_proj.weight
+    )  # zero at the start, which would hide any difference
     cache = layer.new_cache(batch_size=2)
     chunks = [layer(chunk, cache) for chunk in x.split([10, 1, 13], dim=1)]
     assert_close(torch.cat(chunks, dim=1), layer(x))
@@ -112,18 +131,32 @@ x_one[..., -1] = 1  # a coordinate that never changes
 fixed, base = variants.FixedHeadFactors(config), TensorProductAttention(config)
 torch.nn.init.normal_(fixed.out_proj.weight)
 with torch.no_grad():
-    parts = dict(zip("a_q b_q a_k b_k a_v b_v".split(), base.factor_proj.weight.split(base.sizes)))
-    given = dict(zip("b_q b_k b_v".split(), fixed.factor_proj.weight.split([s for s in fixed.sizes if s])))
+    parts = dict(
+        zip(
+            "a_q b_q a_k b_k a_v b_v".split(), base.factor_proj.weight.split(base.sizes)
+        )
+    )
+    given = dict(
+        zip(
+            "b_q b_k b_v".split(),
+            fixed.factor_proj.weight.split([s for s in fixed.sizes if s]),
+        )
+    )
     for name, part in parts.items():
         if name in given:
             part.copy_(given[name])
         else:
             part.zero_()
-            part[:, -1] = getattr(fixed, name).flatten()  # answers to the constant coordinate alone
+            part[:, -1] = getattr(
+                fixed, name
+            ).flatten()  # answers to the constant coordinate alone
     base.out_proj.weight.copy_(fixed.out_proj.weight)
 
 assert_close(base(x_one), fixed(x_one))
-print("with a constant coordinate: equal.  Without: largest difference", f"{(base(x) - fixed(x)).abs().max():.1f}")
+print(
+    "with a constant coordinate: equal.  Without: largest difference",
+    f"{(base(x) - fixed(x)).abs().max():.1f}",
+)
 
 # %% [markdown]
 # Equal on inputs that carry a constant, different on all others. So the paper's special cases (MHA, MQA, GQA; notebook
@@ -143,16 +176,24 @@ print("with a constant coordinate: equal.  Without: largest difference", f"{(bas
 layer = variants.FixedFeatureFactors(config)
 tables = rope_tables(torch.arange(64), config.d_head, config.rope_base, torch.float64)
 b_k = apply_rope(layer.b_k.detach().expand(1, 64, -1, -1), *tables)[0]  # (M, R_K, d_h)
-b_q = apply_rope(layer.b_q.detach()[None, None], tables[0][-1:], tables[1][-1:])[0, 0]  # (R_Q, d_h), at position 63
+b_q = apply_rope(layer.b_q.detach()[None, None], tables[0][-1:], tables[1][-1:])[
+    0, 0
+]  # (R_Q, d_h), at position 63
 curves = torch.einsum("re,mse->rsm", b_q, b_k).flip(-1)  # from position 63 backwards
 
 fig, ax = plt.subplots()
 for index, style in zip(((0, 0), (0, 1), (1, 0)), ("-", "--", ":")):
     ax.plot(curves[index], style, label=f"r={index[0] + 1}, s={index[1] + 1}")
-ax.set(xlabel="distance from query back to key (positions)", ylabel="κ, product of features")
+ax.set(
+    xlabel="distance from query back to key (positions)",
+    ylabel="κ, product of features",
+)
 ax.set_title("With fixed B, attention is a mixture of a few fixed curves of distance")
 fig.legend(loc="outside lower center", ncols=3)
-looks.show(fig, "Three curves against distance, each an oscillation of its own that no token changes.")
+looks.show(
+    fig,
+    "Three curves against distance, each an oscillation of its own that no token changes.",
+)
 
 # %% [markdown]
 # Three of the eight curves. The tokens can scale them up and down per head, and that is all: "look for the token that
@@ -175,15 +216,21 @@ def attend_shared(layer, x, first_position, rotate_values):
     a_q, b_q, a_k, _, a_v, b = layer.project(x)
     cos, sin = rope_tables(positions, config.d_head, config.rope_base, x.dtype)
     b_q, b_k = apply_rope(b_q, cos, sin), apply_rope(b, cos, sin)
-    return factor_attention(a_q, b_q, a_k, b_k, a_v, b_k if rotate_values else b, start=0)
+    return factor_attention(
+        a_q, b_q, a_k, b_k, a_v, b_k if rotate_values else b, start=0
+    )
 
 
 shared = variants.SharedFeatureFactors(config)
 torch.nn.init.normal_(shared.out_proj.weight)
 for rotate_values in (False, True):
-    here, there = (attend_shared(shared, x, first, rotate_values) for first in (0, 1000))
+    here, there = (
+        attend_shared(shared, x, first, rotate_values) for first in (0, 1000)
+    )
     change = (here - there).norm() / here.norm()
-    print(f"values rotated: {rotate_values!s:5}  moving the text by 1,000 positions changes the output by {change:.1e}")
+    print(
+        f"values rotated: {rotate_values!s:5}  moving the text by 1,000 positions changes the output by {change:.1e}"
+    )
     assert (change < 1e-9) != rotate_values
 
 # %% [markdown]
@@ -198,7 +245,9 @@ parts = [shared(chunk, cache) for chunk in x.split([10, 1, 1, 12], dim=1)]
 assert_close(torch.cat(parts, dim=1), shared(x))
 R, h, d_head = config.rank_k, config.n_head, config.d_head
 assert cache.nbytes == 2 * 24 * R * (2 * h + d_head) * 8
-print(f"cached: {R * (2 * h + d_head)} numbers per token where TPA has {2 * R * (h + d_head)}")
+print(
+    f"cached: {R * (2 * h + d_head)} numbers per token where TPA has {2 * R * (h + d_head)}"
+)
 
 # %% [markdown]
 # ## Nonlinear head factors
@@ -212,7 +261,10 @@ print(f"cached: {R * (2 * h + d_head)} numbers per token where TPA has {2 * R * 
 layer = variants.SoftmaxHeadFactors(config)
 a_k = layer.project(x)[2]  # (B, T, R_K, h)
 assert_close(a_k.sum(-1), torch.ones(2, 24, config.rank_k))
-print("the 8 heads' shares of one feature vector:", [round(share, 2) for share in a_k[0, 0, 0].tolist()])
+print(
+    "the 8 heads' shares of one feature vector:",
+    [round(share, 2) for share in a_k[0, 0, 0].tolist()],
+)
 
 # %% [markdown]
 # ## Third order: factor the features again
@@ -229,12 +281,22 @@ print("the 8 heads' shares of one feature vector:", [round(share, 2) for share i
 d_b, d_c, t = 4, 3, 7
 b, c = torch.randn(1, 1, 1, d_b), torch.randn(d_c)
 cos, sin = rope_tables(torch.tensor([t]), d_b, 100.0, torch.float64)
-R_t = apply_rope(torch.eye(d_b).view(1, 1, d_b, d_b), cos, sin)[0, 0]  # the matrix itself
+R_t = apply_rope(torch.eye(d_b).view(1, 1, d_b, d_b), cos, sin)[
+    0, 0
+]  # the matrix itself
 
-rotated_b = torch.outer(apply_rope(b, cos, sin).flatten(), c).T.flatten()  # vec(b R_t ⊗ c)
-rotated_product = torch.outer(b.flatten(), c).T.flatten() @ torch.kron(torch.eye(d_c), R_t)
+rotated_b = torch.outer(
+    apply_rope(b, cos, sin).flatten(), c
+).T.flatten()  # vec(b R_t ⊗ c)
+rotated_product = torch.outer(b.flatten(), c).T.flatten() @ torch.kron(
+    torch.eye(d_c), R_t
+)
 assert_close(rotated_b, rotated_product)
-print("rotating b alone = rotating vec(b ⊗ c) by I ⊗ R_t, a", tuple(torch.kron(torch.eye(d_c), R_t).shape), "matrix")
+print(
+    "rotating b alone = rotating vec(b ⊗ c) by I ⊗ R_t, a",
+    tuple(torch.kron(torch.eye(d_c), R_t).shape),
+    "matrix",
+)
 
 # %% [markdown]
 # So $b_k$ can be cached rotated, as in TPA. Two prices: there are only $d_b/2$ different rotation speeds instead of
@@ -256,7 +318,10 @@ for chunk in x.split([20, 1, 3], dim=1):
     assert_close(after(chunk, caches[0]), before(chunk, caches[1]))
 assert caches[0].nbytes == caches[1].nbytes
 b_k_after, b_k_before = (cache.view(0, 24)[1] for cache in caches)
-print("same outputs, same bytes; but one cache holds rotated keys:", not torch.equal(b_k_after, b_k_before))
+print(
+    "same outputs, same bytes; but one cache holds rotated keys:",
+    not torch.equal(b_k_after, b_k_before),
+)
 
 # %% [markdown]
 # *Partial RoPE* rotates only some features and leaves the others free of position. With tables at hand it is a table
@@ -333,7 +398,9 @@ results = {name: bytes_and_loss(attention) for name, attention in candidates.ite
 seeds = [bytes_and_loss(TensorProductAttention, seed) for seed in range(3)]
 results["TPA"] = seeds[0]
 for rank in (1, 4):
-    results[f"TPA, rank {rank}"] = bytes_and_loss(TensorProductAttention, rank_k=rank, rank_v=rank)
+    results[f"TPA, rank {rank}"] = bytes_and_loss(
+        TensorProductAttention, rank_k=rank, rank_v=rank
+    )
 
 # %%
 LOOK = {
@@ -349,13 +416,18 @@ ax.plot(*zip(*ranks), **looks.of("tpa").line_style(), label="TPA, ranks 1, 2, 4"
 for name, mechanism in LOOK.items():
     look = looks.of(mechanism)
     ax.plot(*results[name], look.marker, color=look.colour, markersize=8, label=name)
-ax.set(xscale="log", xlim=(200, 2600), xlabel="cache (bytes per token, 2 layers, float32)")
+ax.set(
+    xscale="log", xlim=(200, 2600), xlabel="cache (bytes per token, 2 layers, float32)"
+)
 ax.set_xticks([256, 384, 768, 1536, 2048], ["256", "384", "768", "1,536", "2,048"])
 ax.minorticks_off()
 ax.set(ylabel="loss on held-out text (nats per token)")
 ax.set_title(f"After {steps} steps: the cache does not order the losses")
 fig.legend(loc="outside right upper", fontsize=9)
-looks.show(fig, "Loss against cached bytes: TPA's ranks fall along a line, the other mechanisms do not follow it.")
+looks.show(
+    fig,
+    "Loss against cached bytes: TPA's ranks fall along a line, the other mechanisms do not follow it.",
+)
 
 # %% [markdown]
 # Black and violet are the baselines, the line is TPA with three ranks. The grey band is what a change of seed does to one and the

@@ -52,7 +52,12 @@ looks.style()
 torch.manual_seed(0)
 if have_transformers := importlib.util.find_spec("transformers") is not None:
     import transformers
-print("transformers is", transformers.__version__ if have_transformers else "not installed: some cells do nothing")
+print(
+    "transformers is",
+    transformers.__version__
+    if have_transformers
+    else "not installed: some cells do nothing",
+)
 
 # %% [markdown]
 # ## What a LLaMA does differently
@@ -95,14 +100,20 @@ if have_transformers:
     llama = transformers.LlamaForCausalLM(config).eval()
     for name, weight in llama.named_parameters():
         if "norm" in name:
-            torch.nn.init.uniform_(weight, 0.5, 2)  # fresh gains are 1, and folding a 1 wrongly would go unnoticed
+            torch.nn.init.uniform_(
+                weight, 0.5, 2
+            )  # fresh gains are 1, and folding a 1 wrongly would go unnoticed
     t6 = convert.llama_to_t6(llama)
     tokens = torch.randint(250, (2, 100))
     with torch.no_grad():
         assert_close(t6(tokens), llama(tokens).logits, rtol=0, atol=1e-4)
     text = llama.generate(tokens, max_new_tokens=30, do_sample=False)
     assert torch.equal(t6.generate(tokens, 30, temperature=0), text)
-    print("same logits to 1e-4, and the same 30 tokens:", text[0, -30:].tolist()[:8], "...")
+    print(
+        "same logits to 1e-4, and the same 30 tokens:",
+        text[0, -30:].tolist()[:8],
+        "...",
+    )
 
 # %% [markdown]
 # Is it *equal*, or only close? Float64 decides: a mistake stays, rounding falls from 1e-7 to 1e-16. Here transformers
@@ -117,11 +128,15 @@ if have_transformers:
         for in_float32 in (True, False):
             t6 = convert.llama_to_t6(llama)
             if not in_float32:
-                exact = convert.LlamaT6(t6.config, **{**t6.llama, "in_float32": False}).double()
+                exact = convert.LlamaT6(
+                    t6.config, **{**t6.llama, "in_float32": False}
+                ).double()
                 exact.load_state_dict(t6.state_dict())
                 t6 = exact
             error = (t6(tokens) - expected).abs().max()
-            print(f"float32 inside, as transformers: {in_float32!s:5}  largest difference {error:.0e}")
+            print(
+                f"float32 inside, as transformers: {in_float32!s:5}  largest difference {error:.0e}"
+            )
             assert (error < 1e-9) == in_float32
 
 # %% [markdown]
@@ -137,10 +152,19 @@ if have_transformers:
     llama = llama.float()
     before = llama.generate(tokens, max_new_tokens=20, num_beams=3, do_sample=False)
     convert.use_tpa(llama)
-    result = llama.generate(tokens, max_new_tokens=20, num_beams=3, do_sample=False, return_dict_in_generate=True)
+    result = llama.generate(
+        tokens,
+        max_new_tokens=20,
+        num_beams=3,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
     assert torch.equal(result.sequences, before)
     held = result.past_key_values.layers[0].keys
-    print(type(llama.model.layers[0].self_attn.attention).__name__, "generates the same; b_k of one layer:")
+    print(
+        type(llama.model.layers[0].self_attn.attention).__name__,
+        "generates the same; b_k of one layer:",
+    )
     print("(batch x beams, ranks, positions, d_head) =", tuple(held.shape))
 
 # %% [markdown]
@@ -173,7 +197,14 @@ assert all(torch.equal(back[name], weight) for name, weight in ours.items())
 
 # %%
 lessons = data.prepare("lessons", 400_000, progress=False)
-sizes = T6Config(vocab_size=lessons.vocab_size, n_layer=2, d_model=64, n_head=8, d_head=16, max_len=128)
+sizes = T6Config(
+    vocab_size=lessons.vocab_size,
+    n_layer=2,
+    d_model=64,
+    n_head=8,
+    d_head=16,
+    max_len=128,
+)
 steps = 1500 if os.environ.get("TPA_FULL") == "1" else 250
 held_out = list(lessons.validation_batches(batch_size=16, seq_len=64, max_batches=8))
 
@@ -192,7 +223,9 @@ def fit(model, steps, lr):
 
 @torch.no_grad()
 def held_out_loss(model):
-    return sum(train.loss_sum(model, *batch).item() for batch in held_out) / sum(t.numel() for _, t in held_out)
+    return sum(train.loss_sum(model, *batch).item() for batch in held_out) / sum(
+        t.numel() for _, t in held_out
+    )
 
 
 gqa = fit(T6(sizes, attention=partial(MultiHeadAttention, n_kv_head=4)), steps, lr=4e-3)
@@ -216,13 +249,17 @@ print(f"GQA, and the TPA that it became: held-out loss {gqa_loss:.2f} nats per t
 # %%
 inputs = []
 block = gqa.blocks[1]
-hook = block.attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+hook = block.attention.register_forward_pre_hook(
+    lambda _, args: inputs.append(args[0].flatten(0, 1))
+)
 with torch.no_grad():
     gqa(torch.cat([tokens for tokens, _ in held_out[:2]]))
     hook.remove()
     x = inputs[0].double()  # (N, d_model)
     K = convert.tpa_to_mha(block.attention).k_proj.weight.double()
-    K = (x @ K.T).unflatten(-1, (8, 16))  # (N, h, d_h), before rotation, which changes no error
+    K = (x @ K.T).unflatten(
+        -1, (8, 16)
+    )  # (N, h, d_h), before rotation, which changes no error
 print("inputs", tuple(x.shape), " keys", tuple(K.shape))
 
 
@@ -257,13 +294,24 @@ errors = {
     "fixed A, closed form": [fixed_error(K, R) for R in ranks],
     "per-token SVD (bound)": [svd_error(K, R) for R in ranks],
 }
-numbers_per_rank = [8 + 16, 16, 8 + 16]  # cached for the keys: h + d_h, or d_h where A is fixed
+numbers_per_rank = [
+    8 + 16,
+    16,
+    8 + 16,
+]  # cached for the keys: h + d_h, or d_h where A is fixed
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-for (label, values), style, numbers in zip(errors.items(), ("o-", "s--", "^:"), numbers_per_rank):
+for (label, values), style, numbers in zip(
+    errors.items(), ("o-", "s--", "^:"), numbers_per_rank
+):
     axes[0].plot(ranks, values, style, label=label)
     axes[1].plot([numbers * R for R in ranks], values, style)
-axes[0].set(xlabel="rank R", xticks=ranks, ylabel="relative error of the keys", ylim=(-0.05, 1.05))
+axes[0].set(
+    xlabel="rank R",
+    xticks=ranks,
+    ylabel="relative error of the keys",
+    ylim=(-0.05, 1.05),
+)
 axes[1].set(xlabel="cached numbers per token for the keys")
 axes[0].set_title("At equal rank: little between them")
 axes[1].set_title("At equal cache: constants win")
@@ -287,7 +335,10 @@ mirror = torch.ones(len(x), 1, dtype=x.dtype)
 mirror[::2] = -1
 with_one = torch.cat((x, torch.ones_like(mirror)), dim=1)
 for R in (2, 4):
-    as_it_is, mirrored = contextual_error(x, K, R), contextual_error(x * mirror, K * mirror[:, :, None], R)
+    as_it_is, mirrored = (
+        contextual_error(x, K, R),
+        contextual_error(x * mirror, K * mirror[:, :, None], R),
+    )
     given = contextual_error(with_one, K, R)
     print(
         f"R={R}: fixed A {fixed_error(K, R):.2f}; contextual {as_it_is:.2f}, "
@@ -305,7 +356,9 @@ for R in (2, 4):
 # few steps of further training give back?
 
 # %%
-sample = torch.cat([lessons.batch("train", step, 8, 64, seed=1)[0] for step in range(4)])
+sample = torch.cat(
+    [lessons.batch("train", step, 8, 64, seed=1)[0] for step in range(4)]
+)
 cut, tuned = [], []
 for R in (1, 2, 3):
     small = convert.reduce_rank(gqa, sample, rank_k=R, rank_v=R)
@@ -320,7 +373,11 @@ ax.plot(size, cut, "o-", label="rank cut, closed form")
 ax.plot(size[:3], tuned, "s--", label="and 40 steps of training")
 ax.axhline(gqa_loss, color="0.4", lw=1)
 ax.text(size[0], gqa_loss, "the GQA model", va="bottom")
-ax.set(xlabel="cache (bytes per token, float32)", xticks=size, ylabel="loss on held-out text (nats per token)")
+ax.set(
+    xlabel="cache (bytes per token, float32)",
+    xticks=size,
+    ylabel="loss on held-out text (nats per token)",
+)
 ax.set_title("A lower rank costs loss; a little training gives some back")
 ax.legend()
 plt.show()
@@ -435,7 +492,9 @@ def largest_ranks(n_head, d_head, n_kv_head):
 # %% tags=["solution"]
 def largest_ranks(n_head, d_head, n_kv_head):
     fixed = n_kv_head - 1  # 2 R d_h < 2 G d_h
-    contextual = (n_kv_head * d_head - 1) // (n_head + d_head)  # 2 R (h + d_h) < 2 G d_h
+    contextual = (n_kv_head * d_head - 1) // (
+        n_head + d_head
+    )  # 2 R (h + d_h) < 2 G d_h
     return fixed, contextual
 
 
