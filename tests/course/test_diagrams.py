@@ -6,10 +6,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 from tpa_minimal.course import diagrams, looks
+from tpa_minimal.tpa import T6Config, TensorProductAttention, factor_attention
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +113,69 @@ def test_caches_fill_in_proportion_to_their_bytes():
         assert [text.get_text() for text in frame.axes[1].texts] == [f"{held[name][n]:,} bytes" for name in held]
     assert words(frames[1])[:2] == ["4 tokens written and remembered", "a b $x$ ▌"]
     assert frames[0].axes[1].get_xlim() == frames[1].axes[1].get_xlim()
+
+
+SIZES = (3, 4), (3, 8), (6, 2, 4), (6, 2, 8), (6, 2, 4), (6, 2, 8)
+FACTORS = [random.normal(size=size) for size in SIZES]  # R_Q 3, R_K = R_V = 2, M 6, h 4, d_h 8
+
+
+def all_drawn(figure):
+    return [image.get_array().data for image in figure.axes[0].images]
+
+
+def test_the_contraction_ends_in_the_module_s_output_and_both_orders_give_its_scores():
+    figure, alt = diagrams.contraction(FACTORS)
+    a_q, b_q, a_k, b_k, a_v, b_v = (torch.tensor(factor) for factor in FACTORS)
+    batch = [x[None, None] if n < 2 else x[None] for n, x in enumerate((a_q, b_q, a_k, b_k, a_v, b_v))]
+    expected = factor_attention(*batch, start=5)[0, 0]
+    np.testing.assert_allclose(all_drawn(figure)[-1], expected.numpy(), atol=1e-12)
+    scores = torch.einsum("mrh,mrd,qd,qh->mh", a_k, b_k, b_q, a_q).numpy() / (3 * 2 * 8**0.5)
+    assert sum(m.shape == scores.shape and np.allclose(m, scores) for m in all_drawn(figure)) == 3
+    assert sum(matrix.size for matrix in drawn(figure, "cached")) == 6 * (2 * 2 * 8 + 2 * 2 * 4 + 2 * 4 + 2 * 8)
+    assert "the scores are the same" in alt
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_the_contraction_is_drawn_step_by_step_on_one_canvas(step):
+    figure, alt = diagrams.contraction(FACTORS, step)
+    numbered = [text for text in words(figure) if text[:1].isdigit() and text[1:3] == "  "]
+    assert max(int(text[0]) for text in numbered) == step
+    assert (figure.get_size_inches() == diagrams.contraction(FACTORS)[0].get_size_inches()).all()
+    assert ("softmax" in alt) == (step >= 4)
+
+
+@pytest.mark.parametrize("cached, new", [(0, 1), (0, 5), (5, 1), (5, 3), (8, 8)])
+def test_the_mask_marks_what_the_wrong_corner_misses(cached, new):
+    figure, alt = diagrams.causal_mask(cached, new)
+    (axes,) = figure.axes
+    kinds = [patch.get_label() for patch in axes.patches]
+    should = sum(cached + i + 1 for i in range(new))
+    missed = kinds.count("behind, but missed")
+    assert missed == should - sum(i + 1 for i in range(new)) == cached * new
+    assert kinds.count("seen, cached") + kinds.count("seen, new") == 2 * should - missed
+    assert f"{missed} of the {should} pairs" in alt
+
+
+def test_a_larger_maximum_shrinks_the_bars_of_all_earlier_blocks():
+    scores, values = np.array([0.0, 1, 2, 1.5, 0.5, 1]), np.arange(6.0)
+    figure, alt = diagrams.online_softmax(scores, values, 2, (1, 2, 3))
+    last = figure.axes[5].patches[:6]
+    np.testing.assert_allclose([bar.get_height() for bar in last], np.exp(scores - 2))
+    weights = np.exp(scores) / np.exp(scores).sum()
+    assert f"average {weights @ values:.3f}." in alt and "block 2: past × 0.37" in alt and "block 3: past × 1.00" in alt
+    outlines = [len([p for p in axes.patches if p.get_linestyle() == ":"]) for axes in figure.axes[3:]]
+    assert outlines == [0, 2, 0]
+
+
+def test_the_map_of_t6_shows_the_shapes_that_a_call_has():
+    config = T6Config.preset("tiny")
+    said = " ".join(words(diagrams.t6_map(config, 9, 3)[0]))
+    layer = TensorProductAttention(config)
+    cache = layer.new_cache(1)
+    layer(torch.zeros(1, 9, config.d_model), cache)
+    for factor in layer.factors(torch.zeros(1, 3, config.d_model)):
+        assert " × ".join(map(str, factor.shape[1:])) in said
+    assert f"{cache.nbytes // (9 * 4)} numbers a token" in said and f"block {config.n_layer}" in said
+    assert (
+        "9 + 3 = 12 tokens" in said and "16 × 3 × 12" in said and "3 × 50,304" in said and f"3 × {config.d_ff}" in said
+    )

@@ -458,3 +458,270 @@ def filling_caches(lengths, cached: dict[str, list[int]], texts: list[str]) -> I
         ax.set_yticks(range(len(cached)), [name.upper() for name in cached])
         ax.grid(axis="y", visible=False)
         yield closed(fig)
+
+
+# --------------------------------------------------------------------------- pictures of attention and of the model
+
+
+def contraction(factors, step: int = 6) -> tuple[Figure, str]:
+    """One query's attention from factors in six steps, those up to `step` drawn; returns the figure and its alt text.
+
+    factors: a_q (R_Q, h), b_q (R_Q, d_h), a_k (M, R_K, h), b_k (M, R_K, d_h), a_v (M, R_V, h), b_v (M, R_V, d_h).
+    Steps 1 to 3 lead to the scores, on the left in Algorithm 1's order and on the right in the module's; 4 is the
+    softmax, 5 and 6 the values. A tensor of rank R is drawn as R matrices whose rows are the positions.
+    """
+    a_q, b_q, a_k, b_k, a_v, b_v = (np.asarray(factor, dtype=float) for factor in factors)
+    rank_q, (M, rank_k, d_h), rank_v = len(a_q), b_k.shape, b_v.shape[1]
+    P = np.einsum("qd,mrd->mrq", b_q, b_k)
+    per_head = np.einsum("mrq,qh->mrh", P, a_q) / rank_q
+    q = a_q.T @ b_q / rank_q
+    p = np.einsum("hd,mrd->mrh", q, b_k)
+    scores = (per_head * a_k).sum(1) / (rank_k * np.sqrt(d_h))  # (M, h)
+    alpha = np.exp(scores - scores.max(0))
+    alpha /= alpha.sum(0)
+    weighed = alpha[:, None] * a_v / rank_v
+    out = np.einsum("mrh,mrd->hd", weighed, b_v)
+    wide, gap, row = 96, 5, M + 7.3
+    fig, ax = canvas(wide, 3 + 4 * row, wide=8.7)
+
+    def draw(left, top, parts) -> None:
+        """Tensors and the signs between them, from the left to the right."""
+        for name, tensor, kind in parts:
+            pieces = tensor[:, None] if tensor.ndim == 2 else tensor  # (rows, R, width)
+            rows, R, width = pieces.shape
+            ink, start = of("tpa").colour if kind == "cached" else "black", left
+            for r in range(R):
+                cells(ax, left, top, pieces[:, r], kind)
+                left += width + (r < R - 1)
+            shape = " × ".join(map(str, tensor.shape))
+            above = dict(ha="center", va="center", fontsize=8.5, color=ink, linespacing=1.1)
+            ax.text((start + left) / 2, top - 1.9, f"{name.rstrip('·→×⊙ ')}\n{shape}", **above)
+            if sign := name[len(name.rstrip("·→×⊙")) :]:
+                ax.text(left + gap / 2, top + M / 2, sign, ha="center", va="center", fontsize=13)
+            left += gap
+
+    orders = (
+        (1, "Algorithm 1 of the paper: features first", (
+            ("compare features: P has no head index", [("$b_q$ ·", b_q, "shown"), ("$b_k$ →", b_k, "cached"),
+                                                       ("$P$", P, "shown")]),
+            ("each head weighs P by its $a_q$", [("$P$ ×", P, "shown"), ("$a_q$ →", a_q, "shown"),
+                                                 ("per head", per_head, "shown")]),
+            ("… and by its $a_k$; sum over the rank", [("per head ⊙", per_head, "shown"), ("$a_k$ →", a_k, "cached"),
+                                                       ("scores", scores, "shown")]),
+        )),
+        (wide / 2 + 2, "the module, factor_attention: queries first", (
+            ("assemble the one query", [("$a_q$ ×", a_q, "shown"), ("$b_q$ →", b_q, "shown"), ("$q$", q, "shown")]),
+            ("compare it with features, head by head", [("$q$ ·", q, "shown"), ("$b_k$ →", b_k, "cached"),
+                                                        ("$p$", p, "shown")]),
+            ("each head weighs by its $a_k$; sum over the rank", [("$p$ ⊙", p, "shown"), ("$a_k$ →", a_k, "cached"),
+                                                                  ("scores", scores, "shown")]),
+        )),
+    )  # fmt: skip
+    for left, title, rows in orders:
+        ax.text(left, 1.6, title, va="center", fontsize=11, fontweight="bold")
+        for n, (words, parts) in enumerate(rows[:step]):
+            top = 4.5 + n * row
+            ax.text(left, top, f"{n + 1}  {words}", va="center", fontsize=9.5)
+            draw(left + 1.5, top + 4.6, parts)
+    ax.plot([wide / 2] * 2, [0.6, 3 + 3 * row - 1], color="0.8", linewidth=1)
+    ends = (
+        (1, "softmax over the positions", [("scores →", scores, "shown"), ("α ⊙", alpha, "shown")]),
+        (30, "each head weighs α by its $a_v$", [("$a_v$ →", a_v, "cached"), ("$w$ ·", weighed, "shown")]),
+        (61, "sum the features with these weights", [("$b_v$ →", b_v, "cached"), ("output", out, "shown")]),
+    )
+    for n, (left, words, parts) in enumerate(ends[: max(0, step - 3)]):
+        top = 4.5 + 3 * row
+        ax.text(left, top, f"{n + 4}  {words}", va="center", fontsize=9.5)
+        draw(left + 1.5, top + 4.6, [(name if n + 4 < step or name[-1] not in "⊙·" else name[:-2], *rest)
+                                     for name, *rest in parts])  # fmt: skip
+    done = ("b_q times b_k gives P", "a_q weighs P", "a_k weighs it, and the sum is the scores", "softmax gives α",
+            "α times a_v", "times b_v is the output")  # fmt: skip
+    alt = (
+        f"Attention of one query to {M} positions from factors, drawn as small matrices with their shapes: "
+        f"{'; '.join(done[:step])}. Beside it the module's order, which assembles the query first and compares it with "
+        "b_k head by head: the scores are the same. Blue frames mark what is cached; K and V appear nowhere."
+    )
+    return closed(fig), alt
+
+
+def causal_mask(cached: int, new: int) -> tuple[Figure, str]:
+    """Which keys each new query sees when the mask is aligned top left, and bottom right; the figure and its alt text.
+
+    cached: C, new: T; the T queries are the last of the M = C + T positions.
+    """
+    M = cached + new
+    fig, ax = canvas(47, max(new, 4) + 8.5)
+    keys, queries = np.arange(M), np.arange(new)
+    should = keys <= cached + queries[:, None]  # (T, M)
+    kinds = {
+        "seen, cached": (of("tpa").colour, ""),
+        "seen, new": ("#8FBCE0", ""),
+        "ahead: not seen": ("#EEEEEE", ""),
+        "behind, but missed": ("#C24A00", "////"),
+    }
+    panels = ((5.5, "top left: is_causal=True", keys <= queries[:, None]), (29, "bottom right: right", should))
+    for left, title, seen in panels:
+        ax.text(left, 1, title, va="center", fontsize=11, fontweight="bold")
+        for place, width, words in ((0, cached, f"C = {cached} cached"), (cached, new, f"T = {new} new")):
+            if width:
+                ax.plot([left + place + 0.15, left + place + width - 0.15], [3.6, 3.6], color="black", linewidth=1.2)
+                ax.text(left + place + width / 2, 2.7, words if width > 3 else words[:5], ha="center", va="center",
+                        fontsize=9)  # fmt: skip
+        for i in queries:
+            ax.text(left - 0.4, 4.5 + i, f"query {cached + i}", ha="right", va="center", fontsize=8.5)
+            for j in keys:
+                kind = ("seen, cached" if j < cached else "seen, new") if seen[i, j] else "ahead: not seen"
+                kind = "behind, but missed" if should[i, j] and not seen[i, j] else kind
+                colour, hatch = kinds[kind]
+                look = dict(facecolor=colour, hatch=hatch, edgecolor="white", linewidth=1, label=kind)
+                ax.add_patch(Rectangle((left + j, 4 + i), 1, 1, **look))
+    bottom = max(new, 4) + 7
+    for n, (kind, (colour, hatch)) in enumerate(kinds.items()):
+        ax.add_patch(Rectangle((2 + 11.2 * n, bottom - 0.5), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white"))
+        ax.text(3.5 + 11.2 * n, bottom, kind, va="center", fontsize=9)
+    missed = int((should & ~panels[0][2]).sum())
+    ax.text(5.5, bottom - 1.7, f"{missed} of {should.sum()} pairs are missed", va="center", fontsize=10)
+    ax.text(29, bottom - 1.7, f"all {should.sum()} pairs are seen", va="center", fontsize=10)
+    alt = (
+        f"Two grids of {new} new queries by {M} keys, {cached} of them cached. With the mask aligned at the top left "
+        f"{missed} of the {should.sum()} pairs that should be seen are missed; aligned at the bottom right, none."
+    )
+    return closed(fig), alt
+
+
+def online_softmax(scores, values, block: int, steps) -> tuple[Figure, str]:
+    """Softmax block by block: a panel for each of `steps` (from 1), the figure and its alt text.
+
+    scores, values: (M,). Above, the scores seen so far and their maximum m; below, the terms exp(score - m) of the sum
+    s, with a dotted outline where a larger m has just shrunk a term.
+    """
+    scores, values, steps = np.asarray(scores, dtype=float), np.asarray(values, dtype=float), list(steps)
+    wide = 7.8 if len(steps) > 1 else 6.5
+    fig, axes = plt.subplots(2, len(steps), figsize=(wide, 3.9), sharey="row", squeeze=False, height_ratios=(2, 3))
+    said = []
+    for (upper, lower), step in zip(axes.T, steps):
+        seen, before = min(step * block, len(scores)), (step - 1) * block
+        m, old = scores[:seen].max(), scores[:before].max() if before else -np.inf
+        terms, shrink = np.exp(scores[:seen] - m), np.exp(old - m)
+        new = np.arange(seen) >= before
+        colours = np.where(new, COLOURS[1], of("tpa").colour)
+        upper.vlines(np.arange(seen), scores.min() - 0.4, scores[:seen], color=colours, linewidth=3)
+        upper.axhline(m, color="black", linewidth=1.2, linestyle="--")
+        upper.text(len(scores) - 0.5, m + 0.12, f"m = {m:.1f}", ha="right", va="bottom", fontsize=9.5)
+        lower.bar(np.arange(seen), terms, 0.75, color=colours, hatch=["//" if n else "" for n in new],
+                  edgecolor="white", linewidth=0)  # fmt: skip
+        if before and shrink < 1:
+            lower.bar(np.arange(before), np.exp(scores[:before] - old), 0.75, color="none", edgecolor="0.35",
+                      linestyle=":", linewidth=1.2)  # fmt: skip
+        s, average = terms.sum(), terms @ values[:seen] / terms.sum()
+        words = f"block {step}" + (f": past × {shrink:.2f}" if before else "")
+        upper.set_title(words, fontsize=10)
+        lower.set_xlabel(f"s = {s:.2f},  y/s = {average:+.3f}", fontsize=9.5)
+        for ax in (upper, lower):
+            ax.set(xlim=(-0.6, len(scores) - 0.4), xticks=())
+            ax.grid(visible=False)
+        upper.set_ylim(scores.min() - 0.4, scores.max() + 0.9)
+        lower.set_ylim(0, 1.12)
+        said.append(f"{words}, s = {s:.2f}, average {average:.3f}")
+    axes[0, 0].set_ylabel("scores")
+    axes[1, 0].set_ylabel("exp(score − m)")
+    alt = (
+        f"Bars of exp(score minus m) of the positions seen, new ones in orange; where a larger maximum m arrives the "
+        f"earlier bars shrink by one common factor, from their dotted outlines. {'; '.join(said)}."
+    )
+    return closed(fig), alt
+
+
+def t6_map(config, cached: int, new: int) -> tuple[Figure, str]:
+    """The whole T6, and one of its blocks with TPA inside, with the shapes of a call; the figure and its alt text.
+
+    config: a T6Config. cached: C, new: T; M = C + T. Blue is what the cache keeps.
+    """
+    c, C, T, M = config, cached, new, cached + new
+    fig, ax = canvas(100, 92, wide=8.6)
+    blue, pale = of("tpa").colour, "#CFE2F3"
+
+    def box(x, y, width, words, colour="#EDEDED", edge="black", height=5.0, ink="black"):
+        look = dict(facecolor=colour, edgecolor=edge, linewidth=1.1)
+        ax.add_patch(Rectangle((x - width / 2, y - height / 2), width, height, zorder=3, **look))
+        ax.text(x, y, words, ha="center", va="center", fontsize=8.7, color=ink, zorder=4, linespacing=1.25)
+
+    def arrow(*points):
+        ax.plot(*zip(*points[:-1]), color="black", linewidth=1.2, zorder=1)
+        look = dict(arrowstyle="-|>", linewidth=1.2, shrinkA=0, shrinkB=0)
+        ax.annotate("", points[-1], points[-2], arrowprops=look, zorder=1)
+
+    def meet(x, y, sign):
+        ax.add_patch(Circle((x, y), 1.6, facecolor="white", edgecolor="black", linewidth=1.2, zorder=3))
+        ax.text(x, y, sign, ha="center", va="center", fontsize=11, zorder=4)
+
+    def say(x, y, words):
+        ax.text(x, y, words, va="center", fontsize=8.5, color="#444444", zorder=5)
+
+    # The model, on the left.
+    ax.text(3, 3, "T6", fontsize=13, fontweight="bold", va="center")
+    x, stream = 13, f"{T} × {c.d_model}"
+    parts = (("embedding", "#EDEDED", f"tokens: {T}"), ("block 1", pale, stream), ("block 2", pale, stream),
+             ("⋮", "white", stream), (f"block {c.n_layer}", pale, stream), ("norm", "#EDEDED", stream),
+             ("embeddingᵀ", "#EDEDED", stream), ("", "white", f"logits: {T} × {c.vocab_size:,}"))  # fmt: skip
+    for n, (words, colour, comes) in enumerate(parts):
+        y = 13 + 11.2 * n
+        arrow((x, y - 8.7), (x, y - 2.5))
+        say(x + 1, y - 5.8, comes)
+        if words:
+            box(x, y, 19, words, colour, colour if words == "⋮" else "black")
+    # One block, on the right.
+    ax.add_patch(Rectangle((29, 6), 70, 84, facecolor="#F4F8FC", edgecolor="#7FA6C9", linewidth=1, zorder=0))
+    for start, end in ((21.7, 6), (26.7, 90)):
+        ax.plot([22.5, 29], [start, end], color="#7FA6C9", linewidth=1, linestyle=":")
+    ax.text(29, 3, "one block: LLaMA's, with TPA inside", fontsize=13, fontweight="bold", va="center")
+    s = 34  # the residual stream
+    for start, end in ((7, 56.4), (59.6, 82.4), (85.6, 89.6)):
+        arrow((s, start), (s, end))
+    ax.text(s - 1.7, 34, f"residual stream, {stream}", rotation=90, ha="center", va="center", fontsize=8.5)
+    for y in (58, 84):
+        meet(s, y, "+")
+    arrow((s, 9.8), (40, 9.8))
+    box(44.5, 9.8, 9, "norm")
+    arrow((49, 9.8), (56, 9.8))
+    box(66, 9.8, 20, "factor_proj, then RoPE")
+    names = ("a_q", "b_q", "a_k", "b_k", "a_v", "b_v")
+    sizes = zip((c.rank_q,) * 2 + (c.rank_k,) * 2 + (c.rank_v,) * 2, (c.n_head, c.d_head) * 3)
+    places = [41.5 + 10.3 * n for n in range(6)]
+    for name, (rank, width), place in zip(names, sizes, places):
+        kept = name[-1] != "q"
+        arrow((66, 12.3), (66, 14.2), (place, 14.2), (place, 16.4))
+        arrow((place, 21.8), (place, 25.5 if kept else 35.2))
+        box(place, 19.1, 9.5, f"${name}$\n{T} × {rank} × {width}", pale if kept else "white", blue if kept else "black",
+            height=5.4)  # fmt: skip
+    numbers, middle = (c.rank_k + c.rank_v) * (c.n_head + c.d_head), sum(places[2:]) / 4
+    box(middle, 28.5, 40.4, f"factor cache: C + T = {C} + {T} = {M} tokens\n{numbers} numbers a token in this block",
+        blue, blue, height=6, ink="white")  # fmt: skip
+    arrow((middle, 31.5), (middle, 35.2))
+    box(67.2, 38.2, 61, "attention, in factor space when few tokens are new\n"
+        f"weights α: h × T × M = {c.n_head} × {T} × {M}", height=6)  # fmt: skip
+    arrow((67.2, 41.2), (67.2, 46.5))
+    say(68.2, 43.8, f"T × h × d_h = {T} × {c.n_head} × {c.d_head}")
+    box(67.2, 49, 40, f"heads side by side, {T} × {c.n_head * c.d_head:,}; out_proj")
+    arrow((67.2, 51.5), (67.2, 58), (s + 1.6, 58))
+    say(46, 56.6, stream)
+    arrow((s, 65), (40, 65))
+    box(44.5, 65, 9, "norm")
+    for y, words in ((65, "gate_proj, then silu"), (72, "up_proj")):
+        arrow((49, 65), (52, 65), (52, y), (55, y))
+        box(65, y, 20, words)
+    arrow((75, 65), (80, 65), (80, 66.9))
+    arrow((75, 72), (80, 72), (80, 70.1))
+    meet(80, 68.5, "⊙")
+    arrow((81.6, 68.5), (91, 68.5), (91, 75.5))
+    say(82.3, 67, f"{T} × {c.d_ff:,}")
+    box(87, 78, 18, "down_proj")
+    arrow((87, 80.5), (87, 84), (s + 1.6, 84))
+    say(46, 82.6, stream)
+    alt = (
+        f"Left, T6: {T} new tokens, the embedding, {c.n_layer} blocks, a norm and the embedding again, to logits of "
+        f"{c.vocab_size:,} words. Right, one block: a norm, one projection to six factors with their shapes, four of "
+        f"which go into the cache, {numbers} numbers for each token; attention over {M} tokens, the output projection, "
+        "and a sum; then a norm, SwiGLU and another sum."
+    )
+    return closed(fig), alt
