@@ -482,7 +482,7 @@ def contraction(factors, step: int = 6) -> tuple[Figure, str]:
     weighed = alpha[:, None] * a_v / rank_v
     out = np.einsum("mrh,mrd->hd", weighed, b_v)
     wide, gap, row = 96, 5, M + 7.3
-    fig, ax = canvas(wide, 3 + 4 * row, wide=8.7)
+    fig, ax = canvas(wide, 3 + 4 * row, wide=8.5)
 
     def draw(left, top, parts) -> None:
         """Tensors and the signs between them, from the left to the right."""
@@ -638,7 +638,7 @@ def t6_map(config, cached: int, new: int) -> tuple[Figure, str]:
     config: a T6Config. cached: C, new: T; M = C + T. Blue is what the cache keeps.
     """
     c, C, T, M = config, cached, new, cached + new
-    fig, ax = canvas(100, 92, wide=8.6)
+    fig, ax = canvas(100, 92, wide=8.5)
     blue, pale = of("tpa").colour, "#CFE2F3"
 
     def box(x, y, width, words, colour="#EDEDED", edge="black", height=5.0, ink="black"):
