@@ -516,9 +516,7 @@ for M in contexts:
     for (name, function), block in product(functions.items(), blocks):
         settings = dict(start=M - 1, block_size=block)
         peaks[M, name, block] = peak_megabytes(function, *step, **settings)
-    found = [
-        peak_megabytes(other, *step) for other in (assemble_and_attend, algorithm_1)
-    ]
+    found = [peak_megabytes(f, *step) for f in (assemble_and_attend, algorithm_1)]
     found += [peaks[M, name, 1024] for name in functions]
     rows.append([f"{M:,}", *(f"{peak:.2f} MB" for peak in found)])
 header = ["M", "K and V assembled", "Algorithm 1 at once", *functions]

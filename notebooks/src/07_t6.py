@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpa_minimal.course import checks, looks
+from tpa_minimal.course import checks, diagrams, looks
 from tpa_minimal.tpa import Cache, T6Config, TensorProductAttention, factor_attention
 
 looks.style()
@@ -34,17 +34,17 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## 1 · What is still missing
 #
-# An attention layer moves information *between* tokens. A language model needs a little more around it:
-#
-# ```
-# tokens ── embedding ──┬─────────────────────┬── + ──┬──────────────────┬── + ── … ── norm ── embeddingᵀ ── logits
-#                       └─ norm ── attention ─┘       └─ norm ── SwiGLU ─┘
-#                       ╰──────────────────── one block, n_layer times ──╯
-# ```
-#
-# The line along the top is the **residual stream**: `d_model` numbers per token, to which every layer *adds*
-# something. T6 is LLaMA's model with the attention replaced by TPA (Sec. 4.3 of the paper), so what remains to be
-# built is small: the norm, the feed-forward layer, the block that joins them, and the model with its `generate`.
+# An attention layer moves information *between* tokens. A language model needs a little more around it. Here is all of it,
+# with the shapes of one call of the paper's small model: nine tokens are cached, one is new.
+
+# %% tags=["hide-input"]
+looks.show(*diagrams.t6_map(T6Config.preset("small-124M"), cached=9, new=1))
+
+# %% [markdown]
+# The line down the left of the block is the **residual stream**: `d_model` numbers per token, to which every layer *adds*
+# something. T6 is LLaMA's model with the attention replaced by TPA (Sec. 4.3 of the paper); everything blue is notebooks
+# 02 to 06. So what remains to be built is small: the norm, the feed-forward layer, the block that joins them, and the
+# model with its `generate`.
 #
 # ## 2 · RMSNorm: keep additions from becoming multiplications
 #
@@ -62,31 +62,29 @@ for _ in range(24):
     w = torch.randn(256, 256) / 256**0.5  # keeps the size of what it reads
     plain = plain + plain @ w
     normed = normed + normed / rms(normed) @ w
-print(
-    f"RMS after 24 layers: {rms(plain).mean():,.0f} without the norm, {rms(normed).mean():.1f} with it"
-)
+print(f"RMS after 24 layers, without the norm: {rms(plain).mean():,.0f}")
+print(f"with it: {rms(normed).mean():.1f}")
 assert rms(plain).mean() > 100 * rms(normed).mean()
 
 # %% [markdown]
-# Without a norm each layer multiplies the stream's size by about √2, and 24 layers give √2²⁴ = 4,096. With it, each
-# layer adds a vector of size about 1, and 24 of them give about √25 = 5.
+# Without a norm each layer multiplies the stream's size by about $\sqrt 2$, and 24 layers give $\sqrt 2^{24} = 4096$. With
+# it, each layer adds a vector of size about 1, and 24 of them give about $\sqrt{25} = 5$.
 #
 # That is all RMSNorm does: divide each token's vector by its root mean square. LayerNorm would subtract the mean as
-# well, which the models since LLaMA leave out. PyTorch has it, with a tiny ε inside the root so that a vector of
+# well, which the models since LLaMA leave out. PyTorch has it, with a tiny $\epsilon$ inside the root so that a vector of
 # zeros stays zero:
 
 # %%
 x = torch.randn(2, 5, 256)
 torch.testing.assert_close(F.rms_norm(x, (256,)), x / rms(x))
-torch.testing.assert_close(
-    F.rms_norm(7 * x, (256,)), F.rms_norm(x, (256,))
-)  # the size of x is forgotten
+larger = F.rms_norm(7 * x, (256,))  # the size of x is forgotten
+torch.testing.assert_close(larger, F.rms_norm(x, (256,)))
 print("a vector of zeros gives", F.rms_norm(torch.zeros(4), (4,)).tolist())
 
 # %% [markdown]
-# LLaMA multiplies the result by a learned gain g, one number per feature. The authors' T6 does not, and in its blocks
-# nothing is lost in what a layer can express: a gain in front of a linear map W can be folded into it, W(g ⊙ n) =
-# (W diag g) n, and there a linear map always follows. (The last norm is an exception: its matrix is the embedding, which
+# LLaMA multiplies the result by a learned gain $g$, one number per feature. The authors' T6 does not, and in its blocks
+# nothing is lost in what a layer can express: a gain in front of a linear map $W$ can be folded into it,
+# $W(g \odot n) = (W\,\mathrm{diag}\,g)\,n$, and there a linear map always follows. (The last norm is an exception: its matrix is the embedding, which
 # is used at the input too, so a gain could not be folded in.)
 
 # %%
@@ -99,7 +97,7 @@ torch.testing.assert_close(F.linear(g * n, W), F.linear(n, W * g), rtol=1e-4, at
 # %% [markdown]
 # ## 3 · SwiGLU: a feed-forward layer with a gate
 #
-# Between two attention layers each token is processed on its own. The classic layer widens it to 4·d_model, applies a
+# Between two attention layers each token is processed on its own. The classic layer widens it to $4\,d_\text{model}$, applies a
 # nonlinearity, and narrows it again. SwiGLU has *two* widening maps, and one of them decides how much of the other
 # passes:
 #
@@ -110,38 +108,40 @@ torch.testing.assert_close(F.linear(g * n, W), F.linear(n, W * g), rtol=1e-4, at
 #
 # In words: widen twice, pass one copy through silu, multiply the two entry by entry, narrow again.
 
-# %%
+# %% tags=["hide-input"]
 z = torch.linspace(-6, 4, 200)
 fig, ax = plt.subplots()
 for up, line in ((2, "-"), (1, "--"), (-1, ":")):
     ax.plot(z, F.silu(z) * up, line)
     ax.text(4.1, F.silu(z[-1]) * up, f"up = {up}", va="center")
-ax.set(xlabel="gate, one entry of W_gate x", ylabel="silu(gate) · up", xlim=(-6, 5.2))
+ax.set(xlabel="gate, an entry of $W_{gate} x$", ylabel="silu(gate) · up")
+ax.set_xlim(-6, 5.2)
 ax.set_title("A very negative gate shuts “up” out, a positive one scales it")
-plt.show()
+alt = "silu(gate) times up: zero at the left, in proportion to up at the right."
+looks.show(fig, alt)
 
 # %% [markdown]
 # To the left every curve is pressed to zero, whatever `up` is; to the right `up` passes in proportion to the gate. In
-# between, around gate = −1, a little of it passes with its sign reversed.
+# between, around a gate of $-1$, a little of it passes with its sign reversed.
 #
-# Three matrices instead of two: at which width are the weights the same? A classic layer has 2·d·4d = 8d²; three
-# matrices of width d_ff have 3·d·d_ff; so d_ff = ⌊8/3·d⌋. That is the default of `T6Config`.
+# Three matrices instead of two: at which width are the weights the same? With $d$ for $d_\text{model}$, a classic layer has
+# $2 \cdot d \cdot 4d = 8d^2$; three matrices of width $d_\text{ff}$ have $3\,d\,d_\text{ff}$; so
+# $d_\text{ff} = \lfloor \tfrac83 d \rfloor$. That is the default of `T6Config`.
 
-# %%
+# %% tags=["nbval-check-output"]
+rows = []
 for d_model in (768, 1024, 1280, 1600):
-    d_ff = T6Config(
-        vocab_size=50304, n_layer=1, d_model=d_model, n_head=1, d_head=64
-    ).d_ff
+    d_ff = T6Config.for_layer(d_model, n_head=1, d_head=64).d_ff
     assert d_ff == 8 * d_model // 3
-    print(
-        f"d_model {d_model}: d_ff {d_ff}, {3 * d_model * d_ff:,} weights, the classic layer {8 * d_model**2:,}"
-    )
+    rows.append([str(d_model), d_ff, 3 * d_model * d_ff, 8 * d_model**2])
+header = ["d_model", "d_ff", "weights", "weights of the classic layer"]
+looks.table(header, rows, "SwiGLU at the paper's four sizes")
 
 # %% tags=["tpa"]
 # {{tpa: SwiGLU}}
 
 # %% [markdown]
-# The last line of `__init__` sets the *narrowing* matrix to zero, as notebook 05's layer does with its output matrix.
+# The last line of `__init__` sets the *narrowing* matrix to zero, as notebook 05's layer does with its output projection.
 # The next section shows what for.
 #
 # ## 4 · The block
@@ -151,14 +151,12 @@ for d_model in (768, 1024, 1280, 1600):
 
 # %% [markdown]
 # Two things to notice. The norm stands *before* each layer and the sum is left alone, so a straight line of additions
-# leads from the embedding to the output. `norm` is an argument only so that a model with a learned gain (notebook 12)
-# can use the same block. And both layers' last matrices start at zero, so an untrained block adds nothing: it is the
+# leads from the embedding to the output. And both layers' last matrices start at zero, so an untrained block adds nothing: it is the
 # identity, exactly.
 
 # %%
-config = T6Config(
-    vocab_size=32, n_layer=2, d_model=64, n_head=8, d_head=16, rank_q=4, max_len=256
-)
+sizes = dict(n_layer=2, d_model=64, n_head=8, d_head=16, rank_q=4, max_len=256)
+config = T6Config(vocab_size=32, **sizes)
 block = Block(config, TensorProductAttention)
 x = torch.randn(1, 5, config.d_model)
 assert torch.equal(block(x), x)
@@ -170,17 +168,17 @@ assert torch.equal(block(x), x)
 # random numbers.
 #
 # `Block` never asks which attention it holds. Anything with the same `forward(x, cache)` will do, and that is how
-# notebook 08 trains an MHA model in the same trunk.
+# notebook 08 trains an MHA model in the same backbone. What `shared` passes on are things that all layers have in common.
 #
 # ## 5 · From token to logits
 #
-# The embedding is a table with one row per vocabulary entry. T6 uses the same table again at the end: the logit of a
-# word is the scalar product of the final, normalized vector with that word's row. The sharing is called *weight
-# tying*. At the small size it matters: the table is a third of the model.
+# The embedding has one row per vocabulary entry. T6 uses the same rows again at the end: the logit of a word is the scalar
+# product of the final, normalized vector with that word's row. The sharing is called *weight tying*. At the small size it
+# matters:
 
 # %%
 small = T6Config.preset("small-124M")
-print(f"one table: {small.vocab_size * small.d_model / 1e6:.1f} million weights")
+print(f"one embedding: {small.vocab_size * small.d_model / 1e6:.1f} million weights")
 embedding = nn.Embedding(32, 64)
 nn.init.uniform_(embedding.weight, -(64**-0.5), 64**-0.5)
 tokens = torch.tensor([[3, 1, 4]])
@@ -189,97 +187,69 @@ logits = F.linear(final, embedding.weight)  # (1, 3, 32)
 logits.argmax(-1)
 
 # %% [markdown]
-# With no block in between (or with untrained ones, which do nothing) each token's likeliest successor is the token
+# With no block in between (or with untrained ones, which do nothing) each token's most likely successor is the token
 # itself: a row's product with itself is the largest. Remember that for when you meet a freshly made T6 that says the
 # same word over and over.
 #
 # ## 6 · From logits to a token
 #
-# The logits give a distribution, and the next token is drawn from it. Two controls are usual:
-#
-# - **Temperature** τ: softmax(logits / τ). Below 1 it sharpens the distribution, above 1 it flattens it. τ → 0 leaves
-#   only the likeliest token (*greedy*), and since one cannot divide by 0, greedy is a case of its own.
-# - **Top-k**: keep the k largest logits and set the rest to −∞, so that a long tail of unlikely tokens, each harmless
-#   but together probable, is never drawn from. (Of equal logits at the border this keeps all; exercise 2 is stricter.)
+# The logits give a distribution, and the next token is drawn from it. Two controls are usual. **Temperature** $\tau$:
+# $\mathrm{softmax}(\text{logits} / \tau)$, sharper below 1, flatter above; $\tau = 0$ stands for the most likely token alone
+# (*greedy*). **Top-k**: keep the $k$ largest logits and set the rest to $-\infty$, so that the long tail of unlikely
+# tokens, each harmless but together probable, is never drawn from.
 
 # %%
 logits = torch.tensor([[4.0, 3.0, 2.5, 1.0, 0.5, 0.0, 0.0, -0.5]])
 lowest_kept = logits.topk(3).values[:, -1:]  # (B, 1), the third largest
 kept = logits.masked_fill(logits < lowest_kept, -math.inf)
-print("top 3 kept:", (kept > -math.inf).int().tolist()[0])
-
-# %%
-cases = {
-    "τ = 0.5": logits / 0.5,
-    "τ = 1": logits,
-    "τ = 2": logits / 2,
-    "τ = 2, top-k 3": kept / 2,
-}
-fig, ax = plt.subplots()
-for i, ((name, values), hatch) in enumerate(zip(cases.items(), ("//", "", "xx", ".."))):
-    ax.bar(
-        torch.arange(8) + 0.2 * (i - 1.5),
-        values.softmax(-1)[0],
-        0.2,
-        label=name,
-        hatch=hatch,
-        edgecolor="white",
-    )
-ax.set(xlabel="token, likeliest first", ylabel="probability")
-ax.set_title("Temperature reshapes the distribution, top-k cuts its tail")
-ax.legend(frameon=False)
-plt.show()
-
-# %% [markdown]
-# Temperature never changes the *order* of the tokens, so it does not matter whether it is applied before or after
-# top-k. With nucleus sampling, your second exercise, it does matter.
-#
-# Drawing is one call, `torch.multinomial`, and a `generator` with a seed makes it repeatable. Let us check that it
-# draws what the figure shows:
-
-# %%
-generator = torch.Generator().manual_seed(0)
-probabilities = (kept / 2).softmax(-1)
-drawn = torch.multinomial(probabilities, 20_000, replacement=True, generator=generator)
-frequencies = torch.bincount(drawn[0], minlength=8) / 20_000
-torch.testing.assert_close(frequencies, probabilities[0], rtol=0, atol=0.02)
+cases = {"τ = 0.5": logits / 0.5, "τ = 1": logits, "τ = 2": logits / 2}
+cases["τ = 2, top-k 3"] = kept / 2
+rows = []
+for name, case in cases.items():
+    rows.append([name, *(f"{p:.2f}" for p in case.softmax(-1)[0].tolist())])
+header = ["", *(f"token {n}" for n in range(8))]
+looks.table(header, rows, "Probabilities, most likely token first")
 
 # %% [markdown]
 # **The loop.** Without a cache, each step runs the model over the whole text so far. With one, the prompt is run once
 # (*prefill*), and from then on each step feeds only the token just drawn (*decode*). In code the two differ only in
-# what is passed in, `tokens` or `new`, because the cache knows its own length:
-#
-# ```python
-# cache = self.new_cache(batch_size, total) if use_cache else None
-# new = tokens                                                  # the first call brings the whole prompt
-# for _ in range(max_new_tokens):
-#     x = self.hidden(new if use_cache else tokens, cache)[:, -1]   # only the last position is needed
-#     ...                                                       # logits, top-k, temperature, draw -> new
-#     tokens = torch.cat((tokens, new), dim=1)
-# ```
-#
-# Taking `[:, -1]` *before* the output matrix saves a product of the whole prompt with 50,304 rows. All questions that
-# can be answered "no" are asked before any work is done: an empty prompt, a text longer than `max_len`, a negative
-# temperature.
+# what is passed in, `tokens` or `new`, because the cache knows its own length. Taking `x[:, -1]` *before* the output layer saves
+# a product of the whole prompt with every row of the vocabulary. All questions that can be answered "no" are asked before
+# any work is done: an empty prompt, a text longer than `max_len`, a negative temperature.
 
 # %% tags=["tpa"]
 # {{tpa: T6}}
 
 # %% [markdown]
-# `hidden` is the trunk, `logits` the tied output matrix, `forward` one after the other, `new_cache` makes one factor
-# cache per layer, and `generate` is the loop with the two controls. The model as just made, greedy:
+# `hidden` is the backbone, `logits` the tied output layer, `forward` one after the other, `new_cache` makes one factor
+# cache per layer, and `generate` is the loop with the two controls. Two lines of `hidden` need a word. All layers rotate
+# by the same angles, so the tables of cosines and sines are made **once per call** and handed to every layer as `rope`.
+# And `padding` says for each prompt of a batch by how many tokens it was filled up on the left; `hidden` passes it on, and
+# attention (`unseen`, notebook 05) lets nobody look at them. The model as just made, greedy:
 
 # %%
 model = T6(config)
 model.generate(torch.tensor([[3, 1, 4]]), 6, temperature=0)
 
 # %% [markdown]
-# As promised, it repeats its last token.
-#
+# As promised, it repeats its last token. Two prompts of different lengths, the shorter one behind two tokens of padding,
+# give what each gives alone (the blocks are switched on first, so that attention matters):
+
+# %%
+for block in model.blocks:
+    nn.init.normal_(block.attention.out_proj.weight, std=0.3)
+long, short = torch.tensor([[3, 1, 4, 1, 5]]), torch.tensor([[9, 2, 6]])
+both = torch.cat((long, F.pad(short, (2, 0))))
+together = model.generate(both, 6, temperature=0, padding=torch.tensor([0, 2]))
+alone = [model.generate(prompt, 6, temperature=0)[0, -6:] for prompt in (long, short)]
+assert torch.equal(together[:, -6:], torch.stack(alone))
+print(together.tolist())
+
+# %% [markdown]
 # ## 7 · One token through the model
 #
-# Now slowly. This is the paper's small model, cut to one block (the other eleven are alike), with its output matrices
-# filled so that every step does something. Nine tokens are in the cache; the tenth arrives. Each line shows a step,
+# Now slowly. This is the paper's small model, cut to one block (the other eleven are alike), with its output
+# projections filled so that every step does something. Nine tokens are in the cache; the tenth arrives. Each line shows a step,
 # the shape it yields and the weight it uses.
 
 # %%
@@ -290,19 +260,22 @@ nn.init.normal_(mlp.down_proj.weight, std=0.02)
 tokens = torch.randint(50304, (1, 10))
 cache = small.new_cache(batch_size=1, max_len=10)
 _ = small(tokens[:, :9], cache)  # nine tokens of prompt
-print(
-    f"cached: {cache.length} tokens, {cache.nbytes:,} bytes = 9 tokens × 392 numbers × 4 bytes"
-)
+print(f"cached: {cache.length} tokens, {cache.nbytes:,} bytes")
+print(f"= 9 tokens × {cache.nbytes // (9 * 4)} numbers × 4 bytes")
+trace = []
 
 
-# %%
 def show(step, result, weight=None):
     used = "" if weight is None else f"{tuple(weight.shape)}"
-    print(f"{step:34s}{str(tuple(result.shape)):18s}{used}")
+    trace.append([step, str(tuple(result.shape)), used])
+
+
+def show_all(caption):
+    looks.table(["step", "shape", "weight"], trace, caption)
+    trace.clear()
 
 
 # %% tags=["nbval-check-output"]
-print(f"{'step':34s}{'shape':18s}weight")
 token = tokens[:, 9:]
 x = small.embedding(token)
 show("token", token)
@@ -310,32 +283,31 @@ show("embedding", x, small.embedding.weight)
 n = rms_norm(x)
 show("norm", n)
 factors = attention.factors(n, start=cache.length)  # at its absolute position, 9
-show(
-    "  all six factors in one product",
-    attention.factor_proj(n),
-    attention.factor_proj.weight,
-)
-for name, factor in zip(
-    ("a_q", "b_q, rotated", "a_k", "b_k, rotated", "a_v", "b_v"), factors
-):
-    show(f"  {name}", factor)
+product = attention.factor_proj(n)
+show("all six factors, one product", product, attention.factor_proj.weight)
+names = ("a_q", "b_q, rotated", "a_k", "b_k, rotated", "a_v", "b_v")
+for name, factor in zip(names, factors):
+    show(name, factor)
+show_all("From the token to its factors")
+print(sum(factor.numel() for factor in factors), "numbers in all six factors")
+print(sum(factor.numel() for factor in factors[2:]), "of them go into the cache")
 
 # %% [markdown]
-# The six factors are 6·34 + 6·64 + 2·34 + 2·64 + 2·34 + 2·64 = 980 numbers. The last four, 392 numbers, go into the
-# cache; `a_q` and `b_q` are used once and forgotten.
+# `a_q` and `b_q` are used once and forgotten.
 
 # %% tags=["nbval-check-output"]
 a_q, b_q, *new = factors
 a_k, b_k, a_v, b_v = cache[0].append(*new)  # views of all ten tokens
 for name, factor in (("a_k", a_k), ("b_k", b_k), ("a_v", a_v), ("b_v", b_v)):
-    show(f"  {name}, cached", factor)
+    show(f"{name} of all ten tokens", factor)
 q = a_q.mT @ b_q / 6
-show("  q, assembled", q)
+show("q, assembled", q)
 heads = factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, start=9)
-show("  attention, per head", heads)
-show("  heads side by side", heads.flatten(2))
+show("attention, per head", heads)
+show("heads side by side", heads.flatten(2))
 attended = attention.out_proj(heads.flatten(2))
-show("  output matrix", attended, attention.out_proj.weight)
+show("output projection", attended, attention.out_proj.weight)
+show_all("From the factors to what attention adds")
 
 # %% [markdown]
 # No tensor of shape (…, 10, 34, 64), the ten tokens' full keys or values, appears. Then the residual sum, the
@@ -345,14 +317,15 @@ show("  output matrix", attended, attention.out_proj.weight)
 x = x + attended
 show("residual sum", x)
 gate, up = mlp.gate_proj(rms_norm(x)), mlp.up_proj(rms_norm(x))
-show("  gate", gate, mlp.gate_proj.weight)
-show("  up", up, mlp.up_proj.weight)
+show("gate", gate, mlp.gate_proj.weight)
+show("up", up, mlp.up_proj.weight)
 down = mlp.down_proj(F.silu(gate) * up)
-show("  down", down, mlp.down_proj.weight)
+show("down", down, mlp.down_proj.weight)
 x = x + down
 show("residual sum", x)
 logits = F.linear(rms_norm(x), small.embedding.weight)
 show("logits", logits, small.embedding.weight)
+show_all("From what attention adds to the logits")
 
 # %% [markdown]
 # A trace is only worth something if it is what the model computes. It is, whether the model is given the last token
@@ -367,9 +340,9 @@ torch.testing.assert_close(logits, small(token, cache), rtol=1e-4, atol=1e-4)
 # ## 8 · How many heads? As many as the weights allow
 #
 # In the paper's small model MHA has 12 heads and TPA has 34. The reason is a budget: every mechanism's attention
-# layer gets about the 4·d_model² weights of MHA with h·d_h = d_model, and since factors are cheap, the same money
-# buys more heads. (d_h is 64 throughout, so TPA's 34 heads together are 2,176 wide, in a model of width 768. Nothing
-# asks n_head · d_head to equal d_model.)
+# layer gets about the $4\,d_\text{model}^2$ weights of MHA with $h\,d_h = d_\text{model}$, and since factors are cheap, the
+# same money buys more heads. ($d_h$ is 64 throughout, so TPA's heads together are far wider than the model. Nothing asks
+# $h\,d_h$ to equal $d_\text{model}$.)
 #
 # The weights of each layer, from Table 1:
 
@@ -385,8 +358,8 @@ WEIGHTS = {
 }
 
 # %% [markdown]
-# Each is a straight line in h: a part that the heads do not change plus a price per head. So the head count that
-# spends exactly 4d² is (4d² − weights(0)) / (weights(1) − weights(0)); for TPA with ranks (6, 2, 2)
+# Each is a straight line in $h$, $w(h) = w(0) + h\,(w(1) - w(0))$: a part that the heads do not change plus a price per
+# head. So the head count that spends exactly $4d^2$ is $(4d^2 - w(0)) / (w(1) - w(0))$; for TPA with ranks (6, 2, 2)
 #
 # $$h = \frac{4\,d_\text{model} - (R_Q+R_K+R_V)\,d_h}{(R_Q+R_K+R_V) + d_h} = \frac{4\,d_\text{model} - 640}{74}.$$
 
@@ -410,42 +383,47 @@ PAPER_HEADS = {  # MHA, MQA, GQA-2, KV-only, TPA
     1280: (20, 39, 38, 37, 61),
     1600: (25, 49, 48, 47, 78),
 }
-print("d_model" + "".join(f"{name:>16s}" for name in WEIGHTS))
+rows = []
 for d, paper in PAPER_HEADS.items():
     exact = [matching_heads(weights, d) for weights in WEIGHTS.values()]
-    print(f"{d:7d}" + "".join(f"{e:9.2f} →{p:4d} " for e, p in zip(exact, paper)))
+    rows.append([str(d), *(f"{e:.2f} → {p}" for e, p in zip(exact, paper))])
     assert all(abs(e - p) < 1.2 for e, p in zip(exact, paper))
+over = WEIGHTS["TPA"](768, 34) / (4 * 768**2) - 1
+header = ["d_model", *WEIGHTS]
+looks.table(header, rows, "Heads: what the budget gives → what the paper used")
+print(f"34 heads at d_model 768 are {100 * over:.1f} % over the budget")
 
 # %% [markdown]
 # Left of each arrow is what the budget gives, right of it what the paper used. All agree to the nearest whole number
-# but two: at the small size KV-only has 22 where 21.33 is exact and TPA 34 where 32.86 is exact, about 3 % over the
+# but two: at the small size KV-only has 22 where 21.33 is exact and TPA 34 where 32.86 is exact, a little over the
 # budget. (MLA, next, is the third exception at that size.)
 #
-# **MLA** has two widths of its own, d_c for the cached latent and d'_c for the queries', which it compresses too (App. H):
+# **MLA** has two widths of its own, $d_c$ for the cached latent and $d'_c$ for the queries', which it compresses too
+# (App. H):
 
 
 # %% claim="table-10-mla" tags=["nbval-check-output"]
 def mla_weights(d_c, d_q):
-    return lambda d, h: (
-        d_q * (d + h * (D_H + D_R)) + d_c * (d + 2 * h * D_H) + d * (h * D_H + D_R)
-    )
+    def weights(d, h):
+        queries, keys_values = d + h * (D_H + D_R), d + 2 * h * D_H
+        return d_q * queries + d_c * keys_values + d * (h * D_H + D_R)
+
+    return weights
 
 
-for d, h, d_c, d_q in (
-    (768, 12, 256, 512),
-    (1024, 23, 512, 1024),
-    (1280, 34, 512, 1024),
-    (1600, 49, 512, 1024),
-):
+MODELS = (768, 12, 256, 512), (1024, 23, 512, 1024), (1280, 34, 512, 1024)
+rows = []
+for d, h, d_c, d_q in (*MODELS, (1600, 49, 512, 1024)):
     stated, smaller = mla_weights(d_c, d_q), mla_weights(256, 512)
-    print(
-        f"{d:5d}: {h} heads with d_c {d_c}, d'_c {d_q} have {stated(d, h) / (4 * d * d):.2f} of the budget; "
-        f"the budget gives {matching_heads(stated, d):.1f} heads, or {matching_heads(smaller, d):.1f} with 256 and 512"
-    )
+    share = stated(d, h) / (4 * d * d)
+    heads = [f"{matching_heads(weights, d):.1f}" for weights in (stated, smaller)]
+    rows.append([str(d), h, f"{d_c}, {d_q}", f"{share:.2f}", *heads])
+header = ["d_model", "heads", "d_c, d'_c", "of the budget", "it gives", "with 256, 512"]
+looks.table(header, rows, "MLA as the paper's table of sizes states it")
 
 # %% [markdown]
 # At the small size the budget gives 13.3 heads, and the paper has 12. At the three larger sizes the numbers do not
-# fit together. Taking d_c and d'_c as the table states them, MLA's layers have about 1.6 times the budget; taking 256
+# fit together. Taking $d_c$ and $d'_c$ as the table states them, MLA's layers have about 1.6 times the budget; taking 256
 # and 512, those three head counts follow to the nearest whole number. The authors' published training configurations
 # combine the larger widths with these head counts, so their larger MLA baselines probably had *more* weights than the
 # other models. That does not favour TPA, but it is good to know when you read the comparison.
@@ -456,6 +434,7 @@ for d, h, d_c, d_q in (
 # %% claim="table-1-parameters" tags=["nbval-check-output"]
 from tpa_minimal.baselines import MultiHeadAttention
 
+rows = []
 for name in ("small-124M", "medium-353M", "large-773M", "xl-1.5B"):
     with torch.device("meta"):
         tpa_config = T6Config.preset(name)
@@ -463,16 +442,20 @@ for name in ("small-124M", "medium-353M", "large-773M", "xl-1.5B"):
         tpa, mha = T6(tpa_config), T6(mha_config, attention=MultiHeadAttention)
     per_layer = sum(p.numel() for p in tpa.blocks[0].attention.parameters())
     assert per_layer == WEIGHTS["TPA"](tpa_config.d_model, tpa_config.n_head)
-    totals = [
-        f"{m.config.n_head} heads {m.num_parameters() / 1e6:7.1f} M" for m in (mha, tpa)
-    ]
-    print(f"{name:12s} MHA {totals[0]}   TPA {totals[1]}")
+    found = [n for m in (mha, tpa) for n in (m.config.n_head, m.num_parameters())]
+    rows.append([name, *found, f"{found[3] / found[1]:.3f}"])
+header = ["model", "MHA heads", "weights", "TPA heads", "weights", "ratio"]
+looks.table(header, rows, "Whole models, counted")
+
+# %% tags=["nbval-check-output"]
+tpa, mha_12, mha_34 = (2 + 2) * (34 + 64), 2 * 12 * 64, 2 * 34 * 64
+print(f"cached per token and layer: TPA {tpa}, MHA {mha_12}: {mha_12 / tpa:.1f} times")
+print(f"against MHA with 34 heads, {mha_34}: {mha_34 / tpa:.1f} times")
 
 # %% [markdown]
 # A model with TPA has the parameters of one with MHA, to 1 %. Keep in mind what is being compared, though: equal
-# *weights*, not equal heads. TPA's cache is then 392 numbers per token and layer against MHA's 1,536, 3.9 times less;
-# against an MHA that also has 34 heads it would be 11.1 times, and MLA, GQA-2 and MQA with 288, 256 and 128 cache less
-# than TPA. Equal weights are the fair measure when you choose a model to train; equal heads are, when the heads are given,
+# *weights*, not equal heads. TPA's cache is then 3.9 times smaller; against an MHA that also has 34 heads it would be 11.1
+# times (and MLA, GQA-2 and MQA cache less than TPA: notebook 05, section 7). Equal weights are the fair measure when you choose a model to train; equal heads are, when the heads are given,
 # as in a conversion. They also leave critics an objection: TPA's model has nearly three times the heads, and more
 # arithmetic in attention, so a better score need not come from the factors. Notebook 08 therefore compares both ways.
 #
@@ -483,19 +466,16 @@ for name in ("small-124M", "medium-353M", "large-773M", "xl-1.5B"):
 # notebook 08.)
 
 # %%
-ADJECTIVES, NOUNS = (
-    "small old quiet bright green slow".split(),
-    "cat river teacher lamp garden boat child door".split(),
-)
+ADJECTIVES = "small old quiet bright green slow".split()
+NOUNS = "cat river teacher lamp garden boat child door".split()
 VERBS = ["sees", "follows", "finds", "paints", "likes", "waits for"]
 rng = random.Random(0)
 
 
 def sentence():
     a, b = rng.choice(ADJECTIVES), rng.choice(ADJECTIVES)
-    return (
-        f"the {a} {rng.choice(NOUNS)} {rng.choice(VERBS)} the {b} {rng.choice(NOUNS)}. "
-    )
+    nouns = rng.choice(NOUNS), rng.choice(NOUNS)
+    return f"the {a} {nouns[0]} {rng.choice(VERBS)} the {b} {nouns[1]}. "
 
 
 text = "".join(sentence() for _ in range(2000))
@@ -512,15 +492,7 @@ def decode(row):
 
 
 # %%
-config = T6Config(
-    vocab_size=len(letters),
-    n_layer=2,
-    d_model=64,
-    n_head=8,
-    d_head=16,
-    rank_q=4,
-    max_len=256,
-)
+config = T6Config(vocab_size=len(letters), **sizes)
 model, data = T6(config), encode(text)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 losses = []
@@ -534,9 +506,8 @@ for _ in range(100):
     optimizer.step()
     losses.append(loss.item())
 last = sum(losses[-10:]) / 10
-print(
-    f"{model.num_parameters():,} weights; loss {losses[0]:.2f} → {last:.2f} (guessing: {math.log(len(letters)):.2f})"
-)
+print(f"{model.num_parameters():,} weights; loss {losses[0]:.2f} → {last:.2f}")
+print(f"guessing evenly: {math.log(len(letters)):.2f}")
 assert last < 0.8
 
 # %% [markdown]
@@ -546,86 +517,42 @@ assert last < 0.8
 prompt = encode("the ")[None]
 for temperature, top_k in ((0, None), (0.7, None), (1.5, None), (1.5, 3)):
     generator = torch.Generator().manual_seed(1)
-    written = model.generate(
-        prompt, 80, temperature=temperature, top_k=top_k, generator=generator
-    )
+    settings = dict(temperature=temperature, top_k=top_k, generator=generator)
+    written = model.generate(prompt, 70, **settings)
     print(f"τ {temperature}, top-k {top_k}: {decode(written[0])}")
 
 # %% [markdown]
-# Greedy is safe and dull: the likeliest letter soon leads back to the same words. At 0.7 the sentences vary, and
-# after so little training a slip here and there is to be expected. At 1.5 words fall apart, and top-k repairs a good
-# part of them. To say that with a number, write a few hundred letters at each setting and count the words that exist
-# in the language.
-
-# %%
-known = set(text.replace(".", "").split())
-prompts = encode("the ").repeat(4, 1)
-
-
-def share_of_known_words(temperature, top_k):
-    generator = torch.Generator().manual_seed(2)
-    rows = model.generate(
-        prompts, 90, temperature=temperature, top_k=top_k, generator=generator
-    )
-    words = [
-        word for row in rows for word in decode(row).replace(".", "").split()[:-1]
-    ]  # the last may be cut off
-    return sum(word in known for word in words) / len(words)
-
-
-temperatures = (0.4, 1.0, 1.5, 2.0)
-free, cut = ([share_of_known_words(t, k) for t in temperatures] for k in (None, 3))
-assert free[0] > free[-1] and cut[-1] > free[-1]
-
-# %%
-fig, ax = plt.subplots()
-for shares, name, marker in ((cut, "top-k 3", "s--"), (free, "all 24 letters", "o-")):
-    ax.plot(temperatures, [100 * share for share in shares], marker)
-    ax.annotate(
-        name,
-        (temperatures[-1], 100 * shares[-1]),
-        xytext=(8, -4),
-        textcoords="offset points",
-    )
-ax.set(
-    xlabel="temperature τ",
-    ylabel="words that exist (%)",
-    xlim=(0.3, 2.5),
-    ylim=(0, 105),
-)
-ax.set_title("The hotter, the fewer real words; top-k keeps more of them")
-plt.show()
-
-# %% [markdown]
+# Greedy is safe and dull: the most likely letter soon leads back to the same words. At 0.7 the sentences vary, and after so
+# little training a slip here and there is to be expected. At 1.5 words fall apart, and top-k repairs a good part of them.
+#
 # **And the cache?** It must change the time and nothing else. In float64, greedy text with and without it is the
 # same, letter for letter, and so is the sampled text with equal seeds:
 
 # %% claim="generate-cached"
+prompts = encode("the ").repeat(4, 1)
 exact = T6(config).double()
 exact.load_state_dict(model.state_dict())
 for settings in (dict(temperature=0), dict(temperature=1.0, top_k=5)):
-    pair = [
-        exact.generate(
-            prompts,
-            24,
-            use_cache=use,
-            generator=torch.Generator().manual_seed(3),
-            **settings,
-        )
-        for use in (True, False)
-    ]
+    pair = []
+    for use_cache in (True, False):
+        generator = torch.Generator().manual_seed(3)
+        again = dict(settings, use_cache=use_cache, generator=generator)
+        pair.append(exact.generate(prompts, 24, **again))
     assert torch.equal(*pair)
 
-# %%
+# %% tags=["nbval-check-output"]
+numbers = []
 for mechanism in (TensorProductAttention, MultiHeadAttention):
     layer = mechanism(config)
     cache = layer.new_cache(batch_size=1)
     layer(torch.randn(1, 10, config.d_model), cache)
-    print(f"{mechanism.__name__:24s}{cache.nbytes // (10 * 4)} numbers per token")
+    numbers.append(cache.nbytes // (10 * 4))
+    print(f"{mechanism.__name__:24s}{numbers[-1]} numbers per token")
+print(f"{numbers[1] / numbers[0]:.1f} times")
 
 # %% [markdown]
-# At this toy size the cache is 2.7 times smaller than that of an MHA with the same heads: (R_K + R_V)(h + d_h) =
-# 4·(8 + 16) = 96 against 2·8·16 = 256. The saving grows with the heads and their width; notebook 09 maps it out.
+# At this toy size the cache is 2.7 times smaller than that of an MHA with the same heads:
+# $(R_K + R_V)(h + d_h) = 4\,(8 + 16) = 96$ against $2\,h\,d_h = 2 \cdot 8 \cdot 16 = 256$. The saving grows with the heads and their width; notebook 09 maps it out.
 #
 # ## Exercises
 #
@@ -705,11 +632,12 @@ checks.ex07_3(moved_by_the_first_step)
 # ## Summary
 # - RMSNorm lets a layer read the stream at size 1 and *add* to it; T6's has no gain, since in the blocks the
 #   next matrix can absorb one.
-# - SwiGLU gates one widened copy of the token with another; ⌊8/3·d_model⌋ gives it the weights of the classic layer.
-# - Blocks start as the identity, because both output matrices start at zero.
-# - Weights of an attention layer are linear in h. Spending MHA's 4·d_model² gives TPA (6, 2, 2) 33, 47, 61 and 78
+# - SwiGLU gates one widened copy of the token with another; $\lfloor \tfrac83 d_\text{model} \rfloor$ gives it the weights of the classic layer.
+# - Blocks start as the identity, because the last matrices of both layers start at zero.
+# - Weights of an attention layer are linear in $h$. Spending MHA's $4\,d_\text{model}^2$ gives TPA (6, 2, 2) 33, 47, 61 and 78
 #   heads; the paper has 34 at the small size and the same at the others.
 # - `generate` prefills once and then decodes one token at a time; the cache changes the time, not the text.
 #
-# Every line of `tpa_minimal/tpa.py` has now been derived. **Next:** [08 · Train on
+# Every line of [tpa.py](../tpa_minimal/tpa.py) has now been derived; the solved notebook is
+# [here](solutions/07_t6.ipynb). **Next:** [08 · Train on
 # FineWeb-Edu](08_train_on_fineweb_edu.ipynb).

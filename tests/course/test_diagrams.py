@@ -179,3 +179,11 @@ def test_the_map_of_t6_shows_the_shapes_that_a_call_has():
     assert (
         "9 + 3 = 12 tokens" in said and "16 × 3 × 12" in said and "3 × 50,304" in said and f"3 × {config.d_ff}" in said
     )
+
+
+def test_head_factors_are_drawn_as_they_are_and_the_contextual_ones_as_cached():
+    constant, own = np.eye(4), random.normal(size=(4, 2))
+    figure, alt = diagrams.head_factors([("MHA", constant, "shown"), ("TPA\ntoken 1", own, "cached")])
+    np.testing.assert_array_equal(drawn(figure, "shown")[0], constant)
+    np.testing.assert_array_equal(drawn(figure, "cached")[0], own)
+    assert "every token: MHA." in alt and alt.endswith("cached: TPA token 1.")

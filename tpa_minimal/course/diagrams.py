@@ -725,3 +725,33 @@ def t6_map(config, cached: int, new: int) -> tuple[Figure, str]:
         "and a sum; then a norm, SwiGLU and another sum."
     )
     return closed(fig), alt
+
+
+def head_factors(pictures) -> tuple[Figure, str]:
+    """Head factors Aᵀ/R side by side, a row for each head and a column for each rank; the figure and its alt text.
+
+    pictures: a name, a matrix (h, R) and how `cells` draws it ("cached" where each token brings its own) of each.
+    """
+    pictures = [(name, np.asarray(matrix, dtype=float), kind) for name, matrix, kind in pictures]
+    h, gap, top = len(pictures[0][1]), 1.7, 2.1
+    wide = 1.2 + sum(matrix.shape[1] + gap for _, matrix, _ in pictures)
+    fig, ax = canvas(wide, top + h + 0.9)
+    left = 1.6
+    for i in range(h):
+        ax.text(left - 0.25, top + i + 0.5, f"head {i}", ha="right", va="center", fontsize=8)
+    for name, matrix, kind in pictures:
+        cells(ax, left, top, matrix, kind, scale=1.6)
+        for (i, r), value in np.ndenumerate(matrix):
+            text = f"{value:.0f}" if value in (0, 1) else f"{value:.1f}".replace("-0.0", "0.0")
+            ink = "white" if abs(value) > 1.1 else "black"
+            ax.text(left + r + 0.5, top + i + 0.5, text, ha="center", va="center", fontsize=8.5, color=ink)
+        ink = of("tpa").colour if kind == "cached" else "black"
+        ax.text(left + matrix.shape[1] / 2, top - 0.95, name, ha="center", va="center", fontsize=9, color=ink)
+        left += matrix.shape[1] + gap
+    constants = [name.replace("\n", " ") for name, _, kind in pictures if kind != "cached"]
+    contextual = [name.replace("\n", " ") for name, _, kind in pictures if kind == "cached"]
+    alt = (
+        f"Head factors of {h} heads as small matrices. The same for every token: {'; '.join(constants)}. Another "
+        f"matrix for every token, framed in blue because it is cached: {'; '.join(contextual)}."
+    )
+    return closed(fig), alt
