@@ -190,8 +190,9 @@ for left, sign in ((20, "+"), (42.3, "=")):
     ax.text(left, 9, sign, fontsize=18, va="center")
 looks.show(
     diagrams.closed(fig),
-    alt="Two outer products, each with the vector a at its left and b above it: every row "
-    "of a product is b, scaled. Their sum has rows of more than one kind: rank 2.",
+    alt="Two outer products, each with the vector a at its left and b above it: every "
+    "row of a product is b, scaled. Their sum has rows of more than one kind: "
+    "rank 2.",
 )
 
 # %% [markdown]
@@ -252,7 +253,7 @@ looks.control(fit_of_rank, rank=(1, 8, 2))
 
 # %%
 def error_by_rank(matrices):
-    """Relative error of the best fit of each rank 0, 1, ...: root of (missed squares / all squares)."""
+    """Relative error of the best fit of each rank: √(missed squares / all squares)."""
     energy = torch.linalg.svdvals(matrices).square().sum(0)  # (min(h, d_h),)
     missed = energy.sum() - torch.cat((torch.zeros(1), energy.cumsum(0)))
     return (missed.clamp(min=0) / energy.sum()).sqrt()
@@ -283,8 +284,9 @@ ax.set_title("These keys are hardly easier to fit than noise")
 ax.legend(frameon=False)
 looks.show(
     fig,
-    alt="Relative error of the best fit against its rank, from 1 at rank 0 to 0 at rank 8. "
-    "The curve of the trained keys lies only a little below that of pure noise.",
+    alt="Relative error of the best fit against its rank, from 1 at rank 0 to 0 at "
+    "rank 8. The curve of the trained keys lies only a little below that of pure "
+    "noise.",
 )
 
 # %% [markdown]
@@ -414,9 +416,10 @@ ax.set_title("In this run training with rank 2 beats cutting to rank 2")
 ax.legend(frameon=False)
 looks.show(
     fig,
-    alt="Held-out loss against the rank of keys and values. The curve of the MHA model that "
-    "is cut after training falls with the rank to the level of the uncut one. The point of "
-    "TPA, trained with rank 2, lies below the curve at rank 2 and above the uncut level.",
+    alt="Held-out loss against the rank of keys and values. The curve of the MHA "
+    "model that is cut after training falls with the rank to the level of the "
+    "uncut one. The point of TPA, trained with rank 2, lies below the curve at "
+    "rank 2 and above the uncut level.",
 )
 
 # %% [markdown]
@@ -437,14 +440,13 @@ looks.show(
 sequence = assemble(a_k.double(), b_k.double())[0, :24]  # (T, h, d_h)
 looks.show(
     diagrams.cube(sequence, rank=2),
-    alt="A cube of keys, 24 tokens deep, 8 heads high and 16 features wide, with a slice of "
-    "each kind outlined. The slice of one token, heads by features, has 2 singular values "
-    "above zero. That of one head, tokens by features, has 16, and that of one feature, "
-    "tokens by heads, has 8: as many as fit.",
+    alt="A cube of keys, 24 tokens deep, 8 heads high and 16 features wide, with a "
+    "slice of each kind outlined. The slice of one token, heads by features, has "
+    "2 singular values above zero. That of one head, tokens by features, has 16, "
+    "and that of one feature, tokens by heads, has 8: as many as fit.",
 )
 
 # %%
-rank = torch.linalg.matrix_rank
 cuts = {  # the slices, and the unfolding that puts them side by side
     "token": (sequence, sequence.transpose(0, 1).flatten(1)),  # h × (T · d_h)
     "head": (
@@ -453,6 +455,9 @@ cuts = {  # the slices, and the unfolding that puts them side by side
     ),  # d_h × (T · h)
     "feature": (sequence.movedim(2, 0), sequence.flatten(1)),  # T × (h · d_h)
 }
+
+# %%
+rank = torch.linalg.matrix_rank
 looks.table(
     [
         "one slice for each",
@@ -473,7 +478,7 @@ looks.table(
         )
         for name, (slices, unfolding) in cuts.items()
     ],
-    caption="Rank of the slices, and of the unfolding that puts all slices side by side",
+    caption="Rank of the slices, and of all slices of a kind side by side",
 )
 
 # %% [markdown]
@@ -528,6 +533,7 @@ def missed(matrix, R):
     return (energy[R:].sum() / energy.sum()).sqrt().item()
 
 
+# %%
 rotated = apply_rope(
     keys.view(32, 64, n_head, d_head), *mha.blocks[1].attention.rope.tables(0, x)
 )
@@ -676,9 +682,10 @@ ax.set_title("With App. G's bounds and no 1/R, attention is decided before train
 ax.legend(frameon=False, loc="lower left")
 looks.show(
     fig,
-    alt="Attention weight against the order of the keys. With the authors' bounds both curves "
-    "are flat at one in 256. With App. G's the curve falls gently; without 1/R it falls "
-    "steeply from near 1: a single key takes most of the weight.",
+    alt="Attention weight against the order of the keys. With the authors' bounds "
+    "both curves are flat at one in 256. With App. G's the curve falls gently; "
+    "without 1/R it falls steeply from near 1: a single key takes most of the "
+    "weight.",
 )
 
 # %% [markdown]
@@ -717,8 +724,8 @@ ax.set_title("The same rate and batches: without 1/R it learns later and less")
 ax.legend(frameon=False)
 looks.show(
     fig,
-    alt="Training loss over 100 steps. With 1/R it falls quickly to between 2 and 3 nats. "
-    "Without, it stays far above for all 100 steps.",
+    alt="Training loss over 100 steps. With 1/R it falls quickly to between 2 and 3 "
+    "nats. Without, it stays far above for all 100 steps.",
 )
 
 # %% [markdown]
@@ -778,7 +785,7 @@ checks.ex02_2(largest_rank_that_saves)
 # ### Exercise 3 · Is TPA a linear map? (10 minutes)
 #
 # Suppose that every hidden state $x$ is doubled. By which factor does each of these change? And in the last case $x$ is
-# replaced by $-x$. Think first; then you may try it with `A`, `B` and `assemble`.
+# replaced by $-x$. Think first; then you may try it with `a`, `b` and `assemble`.
 
 
 # %% tags=["exercise"]
