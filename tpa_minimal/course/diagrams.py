@@ -329,7 +329,7 @@ def cube(keys, rank: int) -> Figure:
         ("one feature, all tokens: $T × h$", keys[:, :, -1], COLOURS[2], f"up to {min(T, h)}"),
     )
     fig = plt.figure(figsize=(8, 3.7), layout="none")
-    ax = fig.add_axes((0.0, 0.0, 0.46, 0.9))
+    ax = fig.add_axes((0.0, 0.0, 0.44, 0.9))
     deep = np.arange(T + 1)[:, None] * np.array([0.42, -0.28])  # where the edge of each token's slice lies
     faces = LinearSegmentedColormap.from_list("", ("#6E6E6E", "#E4E4E4", "#FFFFFF"))
     rows, columns = np.arange(h + 1), np.arange(d_h + 1)
@@ -348,7 +348,7 @@ def cube(keys, rank: int) -> Figure:
     ax.set(aspect="equal", xlim=(-2, d_h + deep[-1, 0] + 0.5), ylim=(h + 2, deep[-1, 1] - 0.5))
     ax.axis("off")
     for n, (name, values, colour, bound) in enumerate(slices):
-        small = fig.add_axes((0.6, 0.7 - 0.285 * n, 0.38, 0.16))
+        small = fig.add_axes((0.5, 0.7 - 0.27 * n, 0.48, 0.14))
         sizes = np.linalg.svd(values, compute_uv=False)
         small.bar(range(1, len(sizes) + 1), sizes / sizes[0], color=colour, width=0.7)
         found = int((sizes > 1e-5 * sizes[0]).sum())

@@ -89,7 +89,8 @@ def looks_of(layers: list[Layer]) -> list[Look]:
 def quantized(fig: Figure, dpi: float | str = "figure") -> Image.Image:
     """The figure in 128 colours: half the bytes or fewer, and no difference that one sees."""
     drawn = io.BytesIO()
-    fig.savefig(drawn, format="png", bbox_inches="tight", dpi=dpi)
+    # To cut to the content a figure is drawn twice; one without a layout engine has its margins already.
+    fig.savefig(drawn, format="png", bbox_inches="tight" if fig.get_layout_engine() else None, dpi=dpi)
     return Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
 
 
