@@ -296,7 +296,7 @@ def best_fit(matrix, rank: int) -> tuple[Figure, str]:
     for name, values, place in shown:
         cells(ax, place * block + 2.5, 2, values, kind="shown", scale=scale)
         ax.text(place * block + 2.5, 1, name, va="center", fontsize=10.5)
-    said = f"error {100 * error:.0f} %\n\n{rank} × ({h} + {d_h}) = {numbers} numbers\nfor {h} × {d_h} = {h * d_h}"
+    said = f"error {100 * error:.0f} %\n\n{rank} × ({h} + {d_h}) = {numbers}\nin place of {h * d_h}\nnumbers"
     ax.text(3 * block + 2.5, 2 + h / 2, said, va="center", fontsize=10.5)
     for r in range(len(s)):
         left, low = r % across * block + 2.5, top + r // across * (h + 5) + 2
