@@ -572,7 +572,7 @@ looks.table(
 )
 
 # %% [markdown]
-# (Random keys, so every rank is as large as the mechanism allows: 8 × 16 matrices, 50 tokens.) Each mechanism saves
+# (Random keys, so every rank is as large as the mechanism allows: $8 \times 16$ matrices, 50 tokens.) Each mechanism saves
 # memory by giving up rank somewhere:
 #
 # | | cached per token and layer | gives up |

@@ -39,7 +39,7 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## 1 · One token's keys are a matrix
 #
-# Multi-head attention gives a token `h` keys of width `d_h`. Written below each other they form a matrix
+# Multi-head attention gives a token $h$ keys of width $d_h$. Written below each other they form a matrix
 # $K_t \in \mathbb{R}^{h \times d_h}$: **one row per head, one column per feature**. The same goes for $Q_t$ and $V_t$.
 #
 # We want to see real ones. "Real" must be said with care: we train a small MHA model here and now, for some seconds, on
@@ -432,9 +432,9 @@ looks.show(
 # %% [markdown]
 # ## 5 · Contextual is not static: LoRA, MLA, and fixed factors
 #
-# Which matrix is it that has a low rank? The keys of one sequence form a block of numbers, tokens × heads × features, and
-# it can be cut in three ways. Here are the keys of 24 tokens of the TPA model, and what the singular values of one slice
-# of each kind say (a matrix has as many above zero as its rank):
+# Which matrix is it that has a low rank? The keys of one sequence form a block of $T \times h \times d_h$ numbers (tokens,
+# heads, features), which can be cut in three ways. Here are the keys of 24 tokens of the TPA model, and what the singular
+# values of one slice of each kind say (a matrix has as many above zero as its rank):
 
 # %% tags=["hide-input"]
 sequence = assemble(a_k.double(), b_k.double())[0, :24]  # (T, h, d_h)
@@ -515,12 +515,12 @@ looks.table(
 # %% [markdown]
 # Read the columns separately; they are two different notions of "low rank".
 #
-# - **LoRA** leaves a token's keys at full rank (8) and the stack at the rank that `d_model` allows (64). All 128
+# - **LoRA** leaves a token's keys at full rank (8) and the stack at the rank that $d_\text{model}$ allows (64). All 128
 #   numbers must be cached: LoRA does nothing for the cache.
 # - **UV alone** is MLA's idea (with 2 in place of $d_c$): all tokens' keys are combinations of the same 2 fixed
 #   matrices, *each of full rank*. One caches the two coefficients.
 # - **TPA** turns it around: each token's matrix has rank 2, but every token has its own, and together they fill all 128
-#   dimensions, more than the 64 of `d_model`.
+#   dimensions, more than the 64 of $d_\text{model}$.
 #
 # Which restriction suits a given model better is an empirical question. For the MHA that we trained in section 1 we can
 # ask the SVD: how well do its keys fit each kind, at 48 numbers per token?
@@ -880,7 +880,7 @@ for init in ("paper", "authors"):
 # %% [markdown]
 # ## Summary
 #
-# - A token's queries, keys or values form an h × d_h matrix. An outer product $a \otimes b$ is "which heads" times
+# - A token's queries, keys or values form an $h \times d_h$ matrix. An outer product $a \otimes b$ is "which heads" times
 #   "which features"; the rank counts how many of them are needed.
 # - TPA computes the factors by linear maps of the token, $Q_t = \frac1{R_Q} A_Q(x_t)^\top B_Q(x_t)$, and K and V
 #   likewise: at most rank $R$ for each token, another matrix for each token.
