@@ -137,10 +137,10 @@ with torch.no_grad():
 a, b = a_k[0, 32].cpu(), b_k[0, 32].cpu()  # (R, h) and (R, d_h)
 looks.show(
     diagrams.hero(a, b),
-    alt="One token's keys, 16 heads by 32 features, as one half of the sum of two outer "
-    "products. The vectors a and b at the margins of each product are in colour: "
-    "2 times (16 + 32) = 96 numbers are cached. The products and the keys are hatched: "
-    "their 512 numbers are never built.",
+    alt="One token's keys, 16 heads by 32 features, as one half of the sum of two "
+    "outer products. The vectors a and b at the margins of each product are in "
+    "colour: 2 times (16 + 32) = 96 numbers are cached. The products and the keys "
+    "are hatched: their 512 numbers are never built.",
 )
 
 # %% [markdown]
@@ -165,8 +165,8 @@ texts = [" ".join(text.split()) for text in texts]
 tpa, mha = zip(*weights)
 looks.animate(
     diagrams.filling_caches(lengths, {"mha": mha, "tpa": tpa}, texts),
-    alt="While the model writes 256 tokens, two bars grow in proportion: the cache of MHA "
-    f"reaches {mha[-1]:,} bytes, that of TPA {tpa[-1]:,} bytes.",
+    alt="While the model writes 256 tokens, two bars grow in proportion: the cache "
+    f"of MHA reaches {mha[-1]:,} bytes, that of TPA {tpa[-1]:,} bytes.",
 )
 
 # %%

@@ -68,9 +68,9 @@ print(q.shape, k.shape, v.shape)
 
 # %%
 def attend(q, k, v):
-    """Causal softmax attention. q: (T, h, d_h); k, v: (M, h, d_h), M = T or T = 1 -> (T, h, d_h).
+    """Causal softmax attention: q (T, h, d_h); k, v (M, h, d_h) -> (T, h, d_h).
 
-    One query alone may see every key.
+    M = T, or T = 1: one query alone may see every key.
     """
     logits = torch.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[-1])  # (h, T, M)
     if len(q) > 1:
@@ -168,9 +168,8 @@ def generate_naive(model, tokens, n_new):
 
 
 slow_tokens, slow_seconds = generate_naive(model, prompt, 316)
-print(
-    f"{sum(slow_seconds):.2f} s for {len(slow_seconds)} tokens; the first ones: {slow_tokens[:10].tolist()}"
-)
+print(f"{sum(slow_seconds):.2f} s for {len(slow_seconds)} tokens")
+print("the first ones:", slow_tokens[:10].tolist())
 
 # %% [markdown]
 # Look at what the loop does. When the text has 300 tokens it computes the keys and values of all 300, 299 of which it
@@ -215,7 +214,7 @@ for causal in (True, False):
         f"{(b - a[: len(prompt)]).abs().max():.5f}" for b, a in zip(before, after)
     ]
     print(
-        f"{'causal' if causal else 'no mask':8} change of old tokens' inputs, layers 1 to 3:",
+        f"{'causal' if causal else 'no mask':8} change in layers 1 to 3:",
         *change,
     )
 
@@ -243,7 +242,7 @@ class KVCache:
         self.k = self.v = None
 
     def append(self, k, v):
-        """Add the rows of new tokens; return all rows, old and new: (M, h, d_h) each."""
+        """Add the rows of new tokens; return all rows, old and new, (M, h, d_h)."""
         self.k = k if self.k is None else torch.cat((self.k, k))
         self.v = v if self.v is None else torch.cat((self.v, v))
         return self.k, self.v
@@ -272,9 +271,8 @@ def generate_cached(model, tokens, n_new):
 
 
 fast_tokens, fast_seconds, caches = generate_cached(model, prompt, 316)
-print(
-    f"{sum(fast_seconds):.2f} s, {sum(slow_seconds) / sum(fast_seconds):.0f} times faster than without a cache"
-)
+ratio = sum(slow_seconds) / sum(fast_seconds)
+print(f"{sum(fast_seconds):.2f} s, {ratio:.0f} times faster than without a cache")
 
 # %% [markdown]
 # The same text? The cached model gets its numbers from products of other shapes, which round differently, so we compare
@@ -304,8 +302,9 @@ ax.set_title("Without a cache, the cost of a new token climbs with the length")
 ax.legend(frameon=False)
 looks.show(
     fig,
-    alt="Milliseconds for one more token against the tokens so far. The solid curve, which "
-    "recomputes everything, climbs; the dashed one, with a cache, stays nearly flat.",
+    alt="Milliseconds for one more token against the tokens so far. The solid curve, "
+    "which recomputes everything, climbs; the dashed one, with a cache, stays "
+    "nearly flat.",
 )
 
 # %% [markdown]
@@ -360,8 +359,8 @@ ax.set_title("The cache grows in a straight line")
 ax.legend(frameon=False)
 looks.show(
     fig,
-    alt="Ten measured sizes of the cache, from 32 to 320 tokens, lie on the straight line of "
-    "the formula, 6 KiB per token.",
+    alt="Ten measured sizes of the cache, from 32 to 320 tokens, lie on the straight "
+    "line of the formula, 6 KiB per token.",
 )
 
 # %% [markdown]
@@ -380,6 +379,7 @@ def bytes_per_token(n_layer, n_head, d_head):
     return 2 * n_head * d_head * n_layer * 2
 
 
+# %%
 rows = []
 for name, (*sizes, billions) in real_models.items():
     per_token = bytes_per_token(*sizes)
@@ -420,8 +420,9 @@ ax.set(
 ax.set_title("Real models: long contexts outgrow the GPU")
 looks.show(
     fig,
-    alt="Gigabytes of cache against cached tokens, three straight lines on logarithmic axes: "
-    "GPT-3 crosses the 80 GB of one large GPU first, then Llama 2 7B, then GPT-2 small.",
+    alt="Gigabytes of cache against cached tokens, three straight lines on "
+    "logarithmic axes: GPT-3 crosses the 80 GB of one large GPU first, then Llama "
+    "2 7B, then GPT-2 small.",
 )
 
 # %% [markdown]
@@ -475,9 +476,9 @@ axes[0].set_ylabel("query head")
 fig.suptitle("Which key (and value) head each query head reads", x=0.02, ha="left")
 looks.show(
     fig,
-    alt="Grids of 8 query heads against key heads. MHA: a diagonal, each reads its own. "
-    "GQA with 2 key heads: the upper four read the first, the lower four the second. "
-    "MQA: all eight read the only one.",
+    alt="Grids of 8 query heads against key heads. MHA: a diagonal, each reads its "
+    "own. GQA with 2 key heads: the upper four read the first, the lower four the "
+    "second. MQA: all eight read the only one.",
 )
 
 # %% [markdown]
@@ -520,10 +521,10 @@ looks.show(
         ("shown", f"query first: {d_latent} numbers, once"),
         ("never built", f"keys first:\n{width} numbers for each\ncached token"),
     ),
-    alt="A query times an up-projection times the latents of 12 tokens, which are cached, "
-    "gives 12 logits. Above, the first two multiplied first: one absorbed query of 24 "
-    "numbers. Below, the last two multiplied first: 16 times 12 numbers of keys, hatched "
-    "because they need not be built.",
+    alt="A query times an up-projection times the latents of 12 tokens, which are "
+    "cached, gives 12 logits. Above, the first two multiplied first: one absorbed "
+    "query of 24 numbers. Below, the last two multiplied first: 16 times 12 "
+    "numbers of keys, hatched because they need not be built.",
 )
 
 # %% [markdown]
@@ -571,7 +572,7 @@ looks.table(
 )
 
 # %% [markdown]
-# (Random keys, so every rank is as large as the mechanism allows: 8 × 16 matrices, 50 tokens.) Each mechanism saves
+# (Random keys, so every rank is as large as the mechanism allows: $8 \times 16$ matrices, 50 tokens.) Each mechanism saves
 # memory by giving up rank somewhere:
 #
 # | | cached per token and layer | gives up |

@@ -39,7 +39,7 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## 1 · One token's keys are a matrix
 #
-# Multi-head attention gives a token `h` keys of width `d_h`. Written below each other they form a matrix
+# Multi-head attention gives a token $h$ keys of width $d_h$. Written below each other they form a matrix
 # $K_t \in \mathbb{R}^{h \times d_h}$: **one row per head, one column per feature**. The same goes for $Q_t$ and $V_t$.
 #
 # We want to see real ones. "Real" must be said with care: we train a small MHA model here and now, for some seconds, on
@@ -190,8 +190,9 @@ for left, sign in ((20, "+"), (42.3, "=")):
     ax.text(left, 9, sign, fontsize=18, va="center")
 looks.show(
     diagrams.closed(fig),
-    alt="Two outer products, each with the vector a at its left and b above it: every row "
-    "of a product is b, scaled. Their sum has rows of more than one kind: rank 2.",
+    alt="Two outer products, each with the vector a at its left and b above it: every "
+    "row of a product is b, scaled. Their sum has rows of more than one kind: "
+    "rank 2.",
 )
 
 # %% [markdown]
@@ -252,7 +253,7 @@ looks.control(fit_of_rank, rank=(1, 8, 2))
 
 # %%
 def error_by_rank(matrices):
-    """Relative error of the best fit of each rank 0, 1, ...: root of (missed squares / all squares)."""
+    """Relative error of the best fit of each rank: √(missed squares / all squares)."""
     energy = torch.linalg.svdvals(matrices).square().sum(0)  # (min(h, d_h),)
     missed = energy.sum() - torch.cat((torch.zeros(1), energy.cumsum(0)))
     return (missed.clamp(min=0) / energy.sum()).sqrt()
@@ -283,8 +284,9 @@ ax.set_title("These keys are hardly easier to fit than noise")
 ax.legend(frameon=False)
 looks.show(
     fig,
-    alt="Relative error of the best fit against its rank, from 1 at rank 0 to 0 at rank 8. "
-    "The curve of the trained keys lies only a little below that of pure noise.",
+    alt="Relative error of the best fit against its rank, from 1 at rank 0 to 0 at "
+    "rank 8. The curve of the trained keys lies only a little below that of pure "
+    "noise.",
 )
 
 # %% [markdown]
@@ -414,9 +416,10 @@ ax.set_title("In this run training with rank 2 beats cutting to rank 2")
 ax.legend(frameon=False)
 looks.show(
     fig,
-    alt="Held-out loss against the rank of keys and values. The curve of the MHA model that "
-    "is cut after training falls with the rank to the level of the uncut one. The point of "
-    "TPA, trained with rank 2, lies below the curve at rank 2 and above the uncut level.",
+    alt="Held-out loss against the rank of keys and values. The curve of the MHA "
+    "model that is cut after training falls with the rank to the level of the "
+    "uncut one. The point of TPA, trained with rank 2, lies below the curve at "
+    "rank 2 and above the uncut level.",
 )
 
 # %% [markdown]
@@ -429,22 +432,21 @@ looks.show(
 # %% [markdown]
 # ## 5 · Contextual is not static: LoRA, MLA, and fixed factors
 #
-# Which matrix is it that has a low rank? The keys of one sequence form a block of numbers, tokens × heads × features, and
-# it can be cut in three ways. Here are the keys of 24 tokens of the TPA model, and what the singular values of one slice
-# of each kind say (a matrix has as many above zero as its rank):
+# Which matrix is it that has a low rank? The keys of one sequence form a block of $T \times h \times d_h$ numbers (tokens,
+# heads, features), which can be cut in three ways. Here are the keys of 24 tokens of the TPA model, and what the singular
+# values of one slice of each kind say (a matrix has as many above zero as its rank):
 
 # %% tags=["hide-input"]
 sequence = assemble(a_k.double(), b_k.double())[0, :24]  # (T, h, d_h)
 looks.show(
     diagrams.cube(sequence, rank=2),
-    alt="A cube of keys, 24 tokens deep, 8 heads high and 16 features wide, with a slice of "
-    "each kind outlined. The slice of one token, heads by features, has 2 singular values "
-    "above zero. That of one head, tokens by features, has 16, and that of one feature, "
-    "tokens by heads, has 8: as many as fit.",
+    alt="A cube of keys, 24 tokens deep, 8 heads high and 16 features wide, with a "
+    "slice of each kind outlined. The slice of one token, heads by features, has "
+    "2 singular values above zero. That of one head, tokens by features, has 16, "
+    "and that of one feature, tokens by heads, has 8: as many as fit.",
 )
 
 # %%
-rank = torch.linalg.matrix_rank
 cuts = {  # the slices, and the unfolding that puts them side by side
     "token": (sequence, sequence.transpose(0, 1).flatten(1)),  # h × (T · d_h)
     "head": (
@@ -453,6 +455,9 @@ cuts = {  # the slices, and the unfolding that puts them side by side
     ),  # d_h × (T · h)
     "feature": (sequence.movedim(2, 0), sequence.flatten(1)),  # T × (h · d_h)
 }
+
+# %%
+rank = torch.linalg.matrix_rank
 looks.table(
     [
         "one slice for each",
@@ -473,7 +478,7 @@ looks.table(
         )
         for name, (slices, unfolding) in cuts.items()
     ],
-    caption="Rank of the slices, and of the unfolding that puts all slices side by side",
+    caption="Rank of the slices, and of all slices of a kind side by side",
 )
 
 # %% [markdown]
@@ -510,12 +515,12 @@ looks.table(
 # %% [markdown]
 # Read the columns separately; they are two different notions of "low rank".
 #
-# - **LoRA** leaves a token's keys at full rank (8) and the stack at the rank that `d_model` allows (64). All 128
+# - **LoRA** leaves a token's keys at full rank (8) and the stack at the rank that $d_\text{model}$ allows (64). All 128
 #   numbers must be cached: LoRA does nothing for the cache.
 # - **UV alone** is MLA's idea (with 2 in place of $d_c$): all tokens' keys are combinations of the same 2 fixed
 #   matrices, *each of full rank*. One caches the two coefficients.
 # - **TPA** turns it around: each token's matrix has rank 2, but every token has its own, and together they fill all 128
-#   dimensions, more than the 64 of `d_model`.
+#   dimensions, more than the 64 of $d_\text{model}$.
 #
 # Which restriction suits a given model better is an empirical question. For the MHA that we trained in section 1 we can
 # ask the SVD: how well do its keys fit each kind, at 48 numbers per token?
@@ -528,6 +533,7 @@ def missed(matrix, R):
     return (energy[R:].sum() / energy.sum()).sqrt().item()
 
 
+# %%
 rotated = apply_rope(
     keys.view(32, 64, n_head, d_head), *mha.blocks[1].attention.rope.tables(0, x)
 )
@@ -676,9 +682,10 @@ ax.set_title("With App. G's bounds and no 1/R, attention is decided before train
 ax.legend(frameon=False, loc="lower left")
 looks.show(
     fig,
-    alt="Attention weight against the order of the keys. With the authors' bounds both curves "
-    "are flat at one in 256. With App. G's the curve falls gently; without 1/R it falls "
-    "steeply from near 1: a single key takes most of the weight.",
+    alt="Attention weight against the order of the keys. With the authors' bounds "
+    "both curves are flat at one in 256. With App. G's the curve falls gently; "
+    "without 1/R it falls steeply from near 1: a single key takes most of the "
+    "weight.",
 )
 
 # %% [markdown]
@@ -717,8 +724,8 @@ ax.set_title("The same rate and batches: without 1/R it learns later and less")
 ax.legend(frameon=False)
 looks.show(
     fig,
-    alt="Training loss over 100 steps. With 1/R it falls quickly to between 2 and 3 nats. "
-    "Without, it stays far above for all 100 steps.",
+    alt="Training loss over 100 steps. With 1/R it falls quickly to between 2 and 3 "
+    "nats. Without, it stays far above for all 100 steps.",
 )
 
 # %% [markdown]
@@ -778,7 +785,7 @@ checks.ex02_2(largest_rank_that_saves)
 # ### Exercise 3 · Is TPA a linear map? (10 minutes)
 #
 # Suppose that every hidden state $x$ is doubled. By which factor does each of these change? And in the last case $x$ is
-# replaced by $-x$. Think first; then you may try it with `A`, `B` and `assemble`.
+# replaced by $-x$. Think first; then you may try it with `a`, `b` and `assemble`.
 
 
 # %% tags=["exercise"]
@@ -873,7 +880,7 @@ for init in ("paper", "authors"):
 # %% [markdown]
 # ## Summary
 #
-# - A token's queries, keys or values form an h × d_h matrix. An outer product $a \otimes b$ is "which heads" times
+# - A token's queries, keys or values form an $h \times d_h$ matrix. An outer product $a \otimes b$ is "which heads" times
 #   "which features"; the rank counts how many of them are needed.
 # - TPA computes the factors by linear maps of the token, $Q_t = \frac1{R_Q} A_Q(x_t)^\top B_Q(x_t)$, and K and V
 #   likewise: at most rank $R$ for each token, another matrix for each token.

@@ -122,9 +122,10 @@ for ax in axes:
     ax.set(xlabel="feature 1", ylabel="feature 2")
 looks.show(
     fig,
-    alt="Left: one vector at positions 0 to 5, each rotated clockwise by the same angle more. "
-    "Right: a query and a key two positions apart, at the start of the text and eight tokens "
-    "later: both have been rotated, and the angle between them is the same.",
+    alt="Left: one vector at positions 0 to 5, each rotated clockwise by the same "
+    "angle more. Right: a query and a key two positions apart, at the start of "
+    "the text and eight tokens later: both have been rotated, and the angle "
+    "between them is the same.",
 )
 
 # %% [markdown]
@@ -202,8 +203,9 @@ title = "Fast planes tell neighbours apart; the slowest hardly moves in 100 toke
 fig.suptitle(title, x=0.02, ha="left", fontsize=12)
 looks.show(
     fig,
-    alt="The cosine of distance times speed for three of 16 planes, over 100 tokens: plane 0 "
-    "swings many times, plane 4 one and a half times, plane 15 stays at 1.",
+    alt="The cosine of distance times speed for three of 16 planes, over 100 tokens: "
+    "plane 0 swings many times, plane 4 one and a half times, plane 15 stays at "
+    "1.",
 )
 
 # %% [markdown]
@@ -241,8 +243,8 @@ title = "The same rotations, two seating plans for 8 features"
 fig.suptitle(title, x=0.02, ha="left", fontsize=12)
 looks.show(
     fig,
-    alt="Features 0 to 7 in a row, joined in pairs. Half-split: 0 with 4, 1 with 5, 2 with 6, "
-    "3 with 7. Interleaved: 0 with 1, 2 with 3, 4 with 5, 6 with 7.",
+    alt="Features 0 to 7 in a row, joined in pairs. Half-split: 0 with 4, 1 with 5, 2 "
+    "with 6, 3 with 7. Interleaved: 0 with 1, 2 with 3, 4 with 5, 6 with 7.",
 )
 
 # %% [markdown]
@@ -335,9 +337,10 @@ looks.show(
             "factor first: 2 rows to rotate,\ncached as they are, never rotated again",
         ),
     ),
-    alt="Three matrices multiplied: the head factors, 6 by 2, the feature factors, 2 by 12, and "
-    "the rotation, 12 by 12, give the rotated keys, 6 by 12. Above: the first two first, 6 "
-    "rows of keys that are then rotated. Below: the last two first, 2 rotated rows, cached.",
+    alt="Three matrices multiplied: the head factors, 6 by 2, the feature factors, 2 "
+    "by 12, and the rotation, 12 by 12, give the rotated keys, 6 by 12. Above: "
+    "the first two first, 6 rows of keys that are then rotated. Below: the last "
+    "two first, 2 rotated rows, cached.",
 )
 
 # %% [markdown]
@@ -388,7 +391,7 @@ print(f"rows rotated per token: {h} or {R}")
 
 # %%
 def attend(factors, start=0, rotate="qk", table_dtype=torch.float64):
-    """Logits (batch, h, T, T) and output (batch, T, h, d_h) of T tokens from position `start` on."""
+    """Logits (batch, h, T, T), output (batch, T, h, d_h), from position `start` on."""
     a_q, b_q, a_k, b_k, a_v, b_v = factors
     tables = [table.to(table_dtype) for table in RoPE(d_head, base).tables(start, b_q)]
     b_q, b_k, b_v = (
@@ -446,8 +449,9 @@ for ax, rotate, title in (
     fig.colorbar(image, ax=ax, shrink=0.8, label="logit, head 0")
 looks.show(
     fig,
-    alt="Two heat maps of logits over query and key position, for one token repeated. Rotated "
-    "rightly: stripes along the diagonals. Only keys rotated: vertical stripes.",
+    alt="Two heat maps of logits over query and key position, for one token repeated. "
+    "Rotated rightly: stripes along the diagonals. Only keys rotated: vertical "
+    "stripes.",
 )
 
 # %% [markdown]
@@ -519,8 +523,9 @@ ax.set_ylabel("length of head 0's output\nover length of the value")
 ax.set_title("Rotated values cancel when they are averaged")
 looks.show(
     fig,
-    alt="Length of the output over the length of the value, against the context up to 1,024 "
-    "tokens. Values not rotated: a level line at 1. Values rotated: a curve that falls.",
+    alt="Length of the output over the length of the value, against the context up to "
+    "1,024 tokens. Values not rotated: a level line at 1. Values rotated: a curve "
+    "that falls.",
 )
 assert_close(right[0, :, 0].norm(dim=-1), length.expand(1024))
 
@@ -557,7 +562,7 @@ def tables_at(positions, kind):
 
 # %%
 def relative_error(t, kind):
-    """Of the logits of a query at t with the 64 keys that end there, against the exact ones."""
+    """Of the logits of a query at t with the 64 keys that end there."""
     positions = torch.arange(t - 63, t + 1)
     q, k = assemble(*same_token[:2]), assemble(*same_token[2:4])  # (1, 64, h, d_h)
     exact = attend(same_token)[0][0, :, -1]  # (h, 64)
@@ -591,9 +596,10 @@ ax.set(
 ax.set_title("Coarse tables break the relative-position identity")
 looks.show(
     fig,
-    alt="Relative error of the logits against the position, to 131,072. Angles and tables in "
-    "bfloat16 rise to errors of about 1; bfloat16 tables stay at a few thousandths; float32 "
-    "angles rise with the position; float64 angles with float32 tables stay below 1e-7.",
+    alt="Relative error of the logits against the position, to 131,072. Angles and "
+    "tables in bfloat16 rise to errors of about 1; bfloat16 tables stay at a few "
+    "thousandths; float32 angles rise with the position; float64 angles with "
+    "float32 tables stay below 1e-7.",
 )
 
 # %% [markdown]
@@ -632,7 +638,7 @@ queries = torch.einsum("hd,hcd->hc", q, W)  # h × d_c numbers: the absorbed que
 absorbed = torch.einsum("hc,sc->hs", queries, c)
 assert_close(expanded, absorbed)
 print(
-    f"numbers built: {keys.numel():,} for the keys, {queries.numel():,} for the absorbed queries"
+    f"numbers built: {keys.numel():,} for the keys, {queries.numel():,} for the queries"
 )
 
 # %% [markdown]
@@ -649,7 +655,7 @@ print(
 
 # %% claim="mla-detour"
 def cannot_be_absorbed(W, s):
-    """Relative error of the best S with S W_i ≈ W_i Θ_s for all heads; W is (h, d_c, d_h)."""
+    """Relative error of the best S: S W_i ≈ W_i Θ_s for all heads; W (h, d_c, d_h)."""
     rotated = (W @ rope_matrix(s)).transpose(0, 1).flatten(1)  # (d_c, h · d_h)
     plain = W.transpose(0, 1).flatten(1)
     S = torch.linalg.lstsq(plain.T, rotated.T).solution.T
@@ -680,9 +686,10 @@ ax.set_ylabel("relative error of the rotated keys")
 ax.set_title("A random latent can be rotated only if it compresses nothing")
 looks.show(
     fig,
-    alt="Relative error of the best rotation of MLA's latent against its width, as a fraction "
-    "of the keys': it falls from near 1 and reaches 0 only at the right end, where the latent "
-    "is as large as the keys. TPA of rank 2 stands at error 0 at less than half the width.",
+    alt="Relative error of the best rotation of MLA's latent against its width, as a "
+    "fraction of the keys': it falls from near 1 and reaches 0 only at the right "
+    "end, where the latent is as large as the keys. TPA of rank 2 stands at error "
+    "0 at less than half the width.",
 )
 
 # %% [markdown]
@@ -698,7 +705,8 @@ looks.show(
 # $$ \text{logit} = \bigl(q^{(i)} W_i^\top\bigr) c_s^\top + \bigl(q^{R,(i)} \Theta_t\bigr)\bigl(k^R_s \Theta_s\bigr)^\top . $$
 
 # %% tags=["nbval-check-output"]
-# The paper's small model: d_c = 256, d_R = 32 for MLA; h = 34, d_h = 64, R_K = R_V = 2 for TPA.
+# The paper's small model. MLA: d_c = 256, d_R = 32.
+# TPA: h = 34, d_h = 64, R_K = R_V = 2.
 print("MLA caches d_c + d_R              =", 256 + 32, "numbers per token and layer")
 print(
     "TPA caches (R_K + R_V)(h + d_h)   =",

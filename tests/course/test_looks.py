@@ -143,6 +143,13 @@ def test_a_control_redraws_from_its_settings_and_its_twin_is_the_same_picture(sh
     assert drawn.count((4, "keys")) == 1  # seen before, so not drawn again
 
 
+@pytest.mark.parametrize("last, expected", [(12, 12), (13, 1)])
+def test_a_control_of_few_states_draws_them_before_it_is_shown(shown, last, expected):
+    drawn = []
+    looks.control(lambda rank: (drawn.append(rank), (figure(), f"rank {rank}"))[1], rank=(1, last, 2))
+    assert len(drawn) == expected and len(shown) == 1
+
+
 def test_without_ipywidgets_a_sentence_says_so(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "ipywidgets", None)
     looks.control(lambda rank: 1 / 0, rank=(1, 4, 2))

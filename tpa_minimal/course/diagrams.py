@@ -296,7 +296,7 @@ def best_fit(matrix, rank: int) -> tuple[Figure, str]:
     for name, values, place in shown:
         cells(ax, place * block + 2.5, 2, values, kind="shown", scale=scale)
         ax.text(place * block + 2.5, 1, name, va="center", fontsize=10.5)
-    said = f"error {100 * error:.0f} %\n\n{rank} × ({h} + {d_h}) = {numbers} numbers\nfor {h} × {d_h} = {h * d_h}"
+    said = f"error {100 * error:.0f} %\n\n{rank} × ({h} + {d_h}) = {numbers}\nin place of {h * d_h}\nnumbers"
     ax.text(3 * block + 2.5, 2 + h / 2, said, va="center", fontsize=10.5)
     for r in range(len(s)):
         left, low = r % across * block + 2.5, top + r // across * (h + 5) + 2
@@ -329,7 +329,7 @@ def cube(keys, rank: int) -> Figure:
         ("one feature, all tokens: $T × h$", keys[:, :, -1], COLOURS[2], f"up to {min(T, h)}"),
     )
     fig = plt.figure(figsize=(8, 3.7), layout="none")
-    ax = fig.add_axes((0.0, 0.0, 0.46, 0.9))
+    ax = fig.add_axes((0.0, 0.0, 0.44, 0.9))
     deep = np.arange(T + 1)[:, None] * np.array([0.42, -0.28])  # where the edge of each token's slice lies
     faces = LinearSegmentedColormap.from_list("", ("#6E6E6E", "#E4E4E4", "#FFFFFF"))
     rows, columns = np.arange(h + 1), np.arange(d_h + 1)
@@ -348,7 +348,7 @@ def cube(keys, rank: int) -> Figure:
     ax.set(aspect="equal", xlim=(-2, d_h + deep[-1, 0] + 0.5), ylim=(h + 2, deep[-1, 1] - 0.5))
     ax.axis("off")
     for n, (name, values, colour, bound) in enumerate(slices):
-        small = fig.add_axes((0.6, 0.7 - 0.285 * n, 0.38, 0.16))
+        small = fig.add_axes((0.5, 0.7 - 0.27 * n, 0.48, 0.14))
         sizes = np.linalg.svd(values, compute_uv=False)
         small.bar(range(1, len(sizes) + 1), sizes / sizes[0], color=colour, width=0.7)
         found = int((sizes > 1e-5 * sizes[0]).sum())

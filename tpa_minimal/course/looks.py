@@ -31,6 +31,7 @@ from tpa_minimal.memory import Layer
 # For curves that are no mechanism. Near Okabe and Ito's palette, darkened to a contrast of 3:1 or more against white.
 COLOURS = ["#0072B2", "#CC5500", "#00916A", "#B5488F", "#9A7B00", "#3F9BDD", "#000000"]
 MAX_WIDTH = 800  # pixels of a figure: a notebook's column
+PREDRAWN = 12  # a control of so few states draws them all at the beginning, and then answers at once
 
 
 class Look(NamedTuple):
@@ -89,7 +90,8 @@ def looks_of(layers: list[Layer]) -> list[Look]:
 def quantized(fig: Figure, dpi: float | str = "figure") -> Image.Image:
     """The figure in 128 colours: half the bytes or fewer, and no difference that one sees."""
     drawn = io.BytesIO()
-    fig.savefig(drawn, format="png", bbox_inches="tight", dpi=dpi)
+    # To cut to the content a figure is drawn twice; one without a layout engine has its margins already.
+    fig.savefig(drawn, format="png", bbox_inches="tight" if fig.get_layout_engine() else None, dpi=dpi)
     return Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
 
 
@@ -170,13 +172,15 @@ def control(draw: Callable[..., tuple[Figure, str]], **settings) -> None:
         return image_html(small_png(closed(fig)), alt)
 
     wide = {"layout": {"width": "30em", "max_width": "100%"}, "style": {"description_width": "12em"}}
-    handles = []
+    handles, states = [], []
     for name, setting in settings.items():
         label = name.replace("_", " ")
         if isinstance(setting, tuple):
             first, last, value = setting
+            states.append(range(first, last + 1))
             handle = ipywidgets.IntSlider(value, first, last, description=label, **wide)
         else:
+            states.append(setting)
             handle = ipywidgets.Dropdown(options=setting, description=label, **wide)
         handles.append(handle)
     answer = ipywidgets.HTML()
@@ -187,6 +191,9 @@ def control(draw: Callable[..., tuple[Figure, str]], **settings) -> None:
     for handle in handles:
         handle.observe(redraw, "value")
     redraw()
+    if math.prod(map(len, states)) <= PREDRAWN:
+        for values in itertools.product(*states):
+            picture(values)
     display(ipywidgets.VBox([*handles, answer]))
 
 
