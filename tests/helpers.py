@@ -1,7 +1,13 @@
 """What several test files use."""
 
+import os
+from pathlib import Path
+
 import torch
 from torch.testing import assert_close
+
+# Real input that the project does not contain; tests that need it skip, saying so, where it is missing.
+SHARED = Path(os.environ.get("TPA_SHARED", Path(__file__).parents[2] / "shared"))
 
 
 def exactly(actual, expected, tolerance=1e-10):

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import SHARED
 
 from tpa_minimal.experiments import data, lessons, sources
 
-SHARED = Path(os.environ.get("TPA_SHARED", Path(__file__).parents[3] / "shared"))
 EXCERPT = SHARED / "hub" / "fineweb-edu" / "sample" / "10BT" / "000_00000.parquet"
 VOCABULARY = SHARED / "tiktoken"
 

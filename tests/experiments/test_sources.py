@@ -13,15 +13,12 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+from helpers import SHARED
 from pyarrow import parquet
 
 from tpa_minimal.experiments import lessons, sources
 from tpa_minimal.experiments.sources import DataError
 
-SHARED = Path(os.environ.get("TPA_SHARED", Path(__file__).parents[3] / "shared"))
-needs_hub = pytest.mark.skipif(
-    not (SHARED / "hub").exists(), reason="no loopback hub beside the project; set TPA_SHARED"
-)
 TEXTS = [f"Story {n}: naïve café, 東京 🙂.\n\nLine two of {n}." for n in range(9)]
 
 

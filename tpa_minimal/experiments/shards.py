@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val")
 VALIDATION_SHARE = 0.08  # of the documents, by a hash of their text
-SENSIBLE_SHARE = 0.01, 0.5  # of the tokens; outside it the hash alone does not decide
+SENSIBLE_SHARE = 0.02, 0.25  # of the tokens; outside it the hash alone does not decide
 LEAST_TOKENS = 1000
 SAVE_EVERY = 5.0  # seconds
 ROW = np.dtype([("position", "<u8"), ("length", "<u4")])
@@ -231,10 +231,10 @@ def _held_out(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if is_sensible(chosen):
             return lengths, chosen
     single = np.where(copies[text] == 1, lengths, 0)
-    if single.max() < LEAST_TOKENS:
-        return lengths, chosen
     longest = int(single.argmax())
     tail = min(round(VALIDATION_SHARE * total), single[longest] // 2)
+    if single[longest] < LEAST_TOKENS or (n and tail < SENSIBLE_SHARE[0] * total):
+        return lengths, chosen
     lengths[longest] -= tail
     held_out = np.zeros(len(lengths), dtype=bool)
     return np.insert(lengths, longest + 1, tail), np.insert(held_out, longest + 1, True)
