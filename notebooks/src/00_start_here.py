@@ -229,7 +229,20 @@ looks.table(
 # Each exercise is a function to fill in, followed by a checker. A checker prints `[todo]` while nothing is written,
 # `[fail]` with a diagnosis, or `[ok]`. Try it (3 minutes):
 #
-# **Exercise 00.1.** How many numbers does MHA cache per token and layer, with `n_head` heads of width `d_head`?
+# **Exercise 00.1.** ★☆☆ How many numbers does MHA cache per token and layer, with `n_head` heads of width `d_head`?
+#
+# <details><summary>Hint 1</summary>
+#
+# How many heads does a token leave a key in, and how wide is one key?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Each of the `n_head` heads caches a key *and* a value, of `d_head` numbers each. Queries are used once and not
+# cached.
+#
+# </details>
 
 
 # %% tags=["exercise"]

@@ -623,11 +623,24 @@ looks.show(
 # %% [markdown]
 # ## Exercises
 #
-# ### Exercise 1 · What stays true? (5 minutes)
+# ### Exercise 1 · What stays true? (★☆☆, 5 minutes)
 #
 # A two-layer model without positional encoding has processed 100 tokens; you hold the keys and values of each layer.
 # Then something happens. For each case say whether the keys and values **named in the brackets** that you hold are
 # still right (`True`) or must be computed anew (`False`).
+#
+# <details><summary>Hint 1</summary>
+#
+# For each case ask: from which tokens was this key computed? A key of layer 1 depends on its own token alone.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# A key of layer 2 depends on whatever its token could *see* in layer 1. With the causal mask that is the past and
+# itself; without a mask it is the whole text.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -659,11 +672,31 @@ def still_right():
 checks.ex01_1(still_right)
 
 # %% [markdown]
-# ### Exercise 2 · The longest context (10 minutes)
+# ### Exercise 2 · The longest context (★☆☆, 10 minutes)
 #
 # A GPU has `memory` bytes. The weights take `weights` bytes; everything else may be spent on the cache of `batch_size`
-# sequences of equal length. How many whole tokens can each sequence have? Return an `int`, and 0 if not even the
+# sequences of equal length. How many whole tokens can each sequence have? Return a whole number, and 0 if not even the
 # weights fit.
+#
+# <details><summary>Hint 1</summary>
+#
+# Start from one token of one sequence: how many bytes does it leave in all layers?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# A token leaves a key and a value in each of `n_kv_head` heads of each of `n_layer` layers, $2 \cdot$ `n_layer`
+# $\cdot$ `n_kv_head` $\cdot$ `d_head` numbers.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# Divide what the weights leave of the memory, or 0, by that times `batch_size` times `bytes_per_number`, and round
+# down with `//`.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -687,12 +720,31 @@ def longest_context(
 checks.ex01_2(longest_context)
 
 # %% [markdown]
-# ### Exercise 3 · A chunk of new tokens (15 minutes)
+# ### Exercise 3 · A chunk of new tokens (★★☆, 15 minutes)
 #
 # Our `attend` knows two situations: all tokens at once, or a single new one. A chat needs the case between: the cache
 # holds a conversation, and the user adds a message of several tokens at once. Write attention for `T` queries that are
 # the **last** `T` of the `M` tokens whose keys and values are given. Each query may see itself and everything before
 # it.
+#
+# <details><summary>Hint 1</summary>
+#
+# Only the mask differs from `attend`. At which position of the $M$ tokens does the first query stand?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Query $t$ stands at position $M - T + t$ and may see the keys $0$ to $M - T + t$.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# `torch.ones(T, M, dtype=torch.bool).triu(M - T + 1)` is true where a key lies ahead; fill those logits with
+# $-\infty$ before the softmax.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -718,10 +770,23 @@ def attend_chunk(q, k, v):
 checks.ex01_3(attend_chunk)
 
 # %% [markdown]
-# ### Exercise 4 · Grouped queries (10 minutes)
+# ### Exercise 4 · Grouped queries (★☆☆, 10 minutes)
 #
 # Write causal attention for GQA: `h` query heads, `G` key and value heads, `G` divides `h`, and the groups consist of
 # *neighbouring* query heads as in the picture. You may call `attend`.
+#
+# <details><summary>Hint 1</summary>
+#
+# Give each query head a key head of its own, then it is MHA again.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# With $h = 4$ and $G = 2$ the query heads 0, 1, 2, 3 read the groups 0, 0, 1, 1. Which of `repeat` and
+# `repeat_interleave` makes that order?
+#
+# </details>
 
 
 # %% tags=["exercise"]

@@ -739,9 +739,28 @@ looks.show(
 # %% [markdown]
 # ## Exercises
 #
-# ### Exercise 1 · The best factors (10 minutes)
+# ### Exercise 1 · The best factors (★★☆, 10 minutes)
 #
 # Return factors `a` (R, h) and `b` (R, d_h) for which `assemble(a, b)` is the best rank-`R` fit of a matrix (h, d_h).
+#
+# <details><summary>Hint 1</summary>
+#
+# Which rank-$R$ matrix is nearest to a given one? Section 3 cut off a singular value decomposition.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `u, s, vh = torch.linalg.svd(matrix, full_matrices=False)`: the best fit is $\sum_{r<R} s_r\, u_r v_r^\top$. Factors
+# are rank-major: one row per $r$.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# `assemble` divides by $R$, so somewhere a factor $R$ must come in, once; and so must $s$.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -760,10 +779,22 @@ def best_factors(matrix, R):
 checks.ex02_1(best_factors)
 
 # %% [markdown]
-# ### Exercise 2 · When does it pay? (5 minutes)
+# ### Exercise 2 · When does it pay? (★☆☆, 5 minutes)
 #
 # MHA with `h` heads caches $2 h d_h$ numbers per token. TPA with as many heads and $R_K = R_V = R$ caches its factors.
 # Return the largest whole `R` for which TPA caches *less*, or 0 if there is none.
+#
+# <details><summary>Hint 1</summary>
+#
+# Write down both caches per token: $2hd_h$ for MHA, and for TPA $2R$ times what?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# $R(h + d_h) < hd_h$. The largest whole number *below* a fraction $p/q$ is `(p - 1) // q`.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -782,46 +813,76 @@ def largest_rank_that_saves(h, d_h):
 checks.ex02_2(largest_rank_that_saves)
 
 # %% [markdown]
-# ### Exercise 3 · Is TPA a linear map? (10 minutes)
+# ### Exercise 3 · Is TPA a linear map? (★★☆, 10 minutes)
 #
-# Suppose that every hidden state $x$ is doubled. By which factor does each of these change? And in the last case $x$ is
-# replaced by $-x$. Think first; then you may try it with `a`, `b` and `assemble`.
+# A linear map of the hidden state $x$ doubles when $x$ is doubled: $f(cx) = c^1 f(x)$. Others grow with another power,
+# $f(cx) = c^n f(x)$ for $c > 0$. First write down, by thought, the power $n$ of an entry of $K$ in MHA and in TPA; of a
+# logit $q \cdot k$ in MHA, in TPA, and where only the keys are factorized. Then write a function that finds $n$ by
+# experiment, for any such `function` of a tensor `x`; the checker tries it on all five, and tells you if your function
+# and its own disagree. (And what does an even $n$ say about $-x$?)
+#
+# <details><summary>Hint 1</summary>
+#
+# How much longer does `function(2 * x)` get than `function(x)`, if the function is linear? If it is a product of two
+# linear maps?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# If $f(cx) = c^n f(x)$, then $|f(2x)|/|f(x)| = 2^n$. Take a logarithm.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# `math.log2((function(2 * x).norm() / function(x).norm()).item())`.
+#
+# </details>
 
 
 # %% tags=["exercise"]
-def scaling():
+def power(function, x):
     raise NotImplementedError
-    return {  # replace each ... by a number
-        "a": ...,  # an entry of K in MHA
-        "b": ...,  # an entry of K in TPA
-        "c": ...,  # a logit q · k in MHA
-        "d": ...,  # a logit q · k in TPA
-        "e": ...,  # a logit when only the keys are factorized and q is one linear map of x
-        "f": ...,  # an entry of K in TPA when x becomes -x
-    }
 
 
 # %% tags=["solution"]
-def scaling():
-    return {
-        "a": 2,  # linear in x
-        "b": 4,  # a and b both double: K is quadratic in x, which no static low-rank weight can imitate
-        "c": 4,
-        "d": 16,
-        "e": 8,  # linear times quadratic
-        "f": 1,  # both signs change: Q, K and V of TPA cannot tell x from -x
-    }
+def power(function, x):
+    return math.log2((function(2 * x).norm() / function(x).norm()).item())
+    # K: 1 in MHA and 2 in TPA, which no static low-rank weight can imitate. Logits: 2, 4, and 3 with linear queries.
+    # Even: Q, K and V of TPA cannot tell x from -x.
 
 
 # %%
-checks.ex02_3(scaling)
+checks.ex02_3(power)
 
 # %% [markdown]
-# ### Exercise 4 · Predict the logits (20 minutes)
+# ### Exercise 4 · Predict the logits (★★★, 20 minutes)
 #
 # Section 7 measured the standard deviation of $q \cdot k / \sqrt{d_h}$ at the start. Predict it: go on from the
 # variances of $Q$ and $K$, for any `config` (either `init`), with `factor_bound`. Entries of $x$ have mean square 1,
 # and $q$ and $k$ are independent since they come from different weights.
+#
+# <details><summary>Hint 1</summary>
+#
+# Work forwards: the variance of an entry of $a$, then of an entry of $q$, then of the logit.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# An entry of $a$ sums $d_\text{model}$ products of independent numbers; a weight uniform on $(-\beta, \beta)$ has
+# variance $\beta^2/3$. So $\operatorname{var} a = d_\text{model}\,\beta^2/3$, and the same for $b$ with its own
+# $\beta$.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# $q = \frac1R\sum_r a_r b_r$ has $\operatorname{var} q = \operatorname{var} a \operatorname{var} b / R$. A logit sums
+# $d_h$ products and is divided by $\sqrt{d_h}$: its variance is $\operatorname{var} q \operatorname{var} k$.
+#
+# </details>
 
 
 # %% tags=["exercise"]

@@ -721,47 +721,84 @@ print(
 #
 # ## Exercises
 #
-# ### Exercise 1 · What commutes with RoPE? (5 to 10 minutes)
+# ### Exercise 1 · What commutes with RoPE? (★★☆, 10 minutes)
 #
 # Theorem 3.1 holds because multiplying from the left commutes with rotating on the right. Which of the following may be
-# done to the rows of $b_k$ (shape $R \times d_h$, one token) **either before or after** RoPE, at *every* position, with
-# the same result? Answer with `True` or `False`, by thought, or by experiment with `apply_rope`.
+# done to the rows of $b_k$ **either before or after** RoPE, at *every* position, with the same result? Write down
+# your six answers first:
 #
-# - `"mix_ranks"`: multiply from the left by an $R \times R$ matrix;
-# - `"feature_matrix"`: multiply from the right by a learned $d_h \times d_h$ matrix;
-# - `"feature_gain"`: multiply feature $e$ by a learned gain $g_e$ (as RMSNorm's gain does);
-# - `"unit_length"`: divide each row by its length;
-# - `"bias"`: add a learned row vector to each row;
-# - `"number"`: multiply by a number that depends on the token.
+# - multiply from the left by an $R \times R$ matrix;
+# - multiply from the right by a learned $d_h \times d_h$ matrix;
+# - multiply feature $e$ by a learned gain $g_e$ (as RMSNorm's gain does);
+# - divide each row by its length;
+# - add a learned row vector to each row;
+# - multiply by a number that depends on the token.
+#
+# Then write a function that finds out by experiment: `operation` takes rows of shape $(\dots, R, d_h)$ with $R = 3$ and
+# returns rows of that shape; return `True` if it commutes with RoPE and `False` if not. The checker tries it on
+# these six and on some that are not listed.
+#
+# <details><summary>Hint 1</summary>
+#
+# Take a random `b` of shape $(1, T, R, d_h)$, with the ranks in the place of `any`, and several positions, none of
+# them 0 alone.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Compare `operation(apply_rope(b, cos, sin))` with `apply_rope(operation(b), cos, sin)`.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# Work in float64, and compare with `torch.allclose` at a tolerance like `rtol=1e-9`: rounding is not a difference,
+# and a difference of $10^{-4}$ is one.
+#
+# </details>
 
 
 # %% tags=["exercise"]
-def commutes_with_rope():
-    # return {"mix_ranks": True or False, "feature_matrix": ..., and so on for all six}
+def commutes_with_rope(operation, d_head):
     raise NotImplementedError
 
 
 # %% tags=["solution"]
-def commutes_with_rope():
-    return {
-        "mix_ranks": True,  # from the left: Theorem 3.1 once more
-        "feature_matrix": False,  # from the right, as MLA's up-projection: it meets Θ_s
-        "feature_gain": False,  # the two features of a plane get different gains
-        "unit_length": True,  # a rotation does not change a length
-        "bias": False,  # the bias is rotated in one order and not in the other
-        "number": True,
-    }
+def commutes_with_rope(operation, d_head):
+    b = torch.randn(1, 5, 3, d_head, dtype=torch.float64)  # (B, T, R, d_h)
+    cos, sin = rope_tables(torch.arange(1, 6), d_head, 100.0, b.dtype)
+    return torch.allclose(operation(apply_rope(b, cos, sin)), apply_rope(operation(b), cos, sin), rtol=1e-9)
+    # From the left, unit length, a number: yes. From the right (MLA's up-projection), a gain for each feature, a bias: no.
 
 
 # %%
 checks.ex03_1(commutes_with_rope)
 
 # %% [markdown]
-# ### Exercise 2 · The other layout (10 minutes)
+# ### Exercise 2 · The other layout (★★☆, 10 minutes)
 #
 # Write RoPE in the **interleaved** layout: plane $j$ is made of features $2j$ and $2j+1$. Same row-vector convention,
-# same sense of rotation, same tables, same shapes as `apply_rope`. Hint: `x[..., 0::2]` and `x[..., 1::2]`; the result
-# must be interleaved again.
+# same sense of rotation, same tables, same shapes as `apply_rope`. The result is
+# interleaved again, in the dtype of `x`.
+#
+# <details><summary>Hint 1</summary>
+#
+# `x[..., 0::2]` and `x[..., 1::2]` are the first and the second features of all planes.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Rotate as `apply_rope` does, with `cos[:, None]` and `sin[:, None]`, so that the tables get an axis for `any`.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# `torch.stack((first, second), dim=-1).flatten(-2)` interleaves the two results again.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -781,7 +818,7 @@ def apply_rope_interleaved(x, cos, sin):
 checks.ex03_2(apply_rope_interleaved)
 
 # %% [markdown]
-# ### Exercise 3 · Move a cache (10 minutes)
+# ### Exercise 3 · Move a cache (★★☆, 10 minutes)
 #
 # A cache holds pre-rotated factors $b_k$ of $M$ tokens; the unrotated ones are gone. You cut the first `by` tokens of
 # the text off, and want the cache of what is left to look *as if that text had started at position 0*: each remaining
@@ -790,6 +827,24 @@ checks.ex03_2(apply_rope_interleaved)
 #
 # (Is it needed for attention to be right? Think about that too: if new queries keep counting from the old positions,
 # wish 1 says that nothing has to be moved.)
+#
+# <details><summary>Hint 1</summary>
+#
+# Each cached row is $b\,\Theta_s$ and is to become $b\,\Theta_{s-\text{by}}$. What must it be multiplied by?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# $\Theta_{s-\text{by}} = \Theta_s \Theta_{-\text{by}}$: one and the same rotation for all tokens, whatever their positions.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# The tables of the single position `-by`, in `b_k.dtype`, broadcast over all tokens.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -810,13 +865,33 @@ def move_back(b_k, by, base):
 checks.ex03_3(move_back)
 
 # %% [markdown]
-# ### Exercise 4 · Find the bug from outside (20 minutes)
+# ### Exercise 4 · Find the bug from outside (★★★, 20 minutes)
 #
 # You are given an attention layer that you cannot read: `layer(x, start)` takes tokens `x` of shape
 # `(1, T, layer.d_model)` in float64, at positions `start, start + 1, ...`, and returns its logits `(1, h, T, T)` and
 # its outputs `(1, T, h, d_h)`. Write a function that tells which of the four versions above it is, from its behaviour
 # alone: `"right"`, `"only keys rotated"`, `"values rotated too"` or `"bfloat16 tables"`. The checker will try layers
 # with large and with tiny activations.
+#
+# <details><summary>Hint 1</summary>
+#
+# The shift test: call the layer with the same `x` at `start=0` and at a far start. What changes in each of the four
+# versions?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Rotated values leave the logits alone and change the outputs. Narrow tables change the logits a little, an unrotated
+# query changes them by all of their size.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# Divide the norm of the change by the norm of what changes: above 0.1, between $10^{-6}$ and 0.1, or below.
+#
+# </details>
 
 
 # %% tags=["exercise"]

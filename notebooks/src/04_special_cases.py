@@ -532,11 +532,23 @@ looks.table(header, rows, "Words recalled, as a fraction, in longer runs")
 #
 # ## Exercises
 #
-# ### Exercise 1 · Groups of any shape (10 minutes)
+# ### Exercise 1 · Groups of any shape (★☆☆, 10 minutes)
 #
 # GQA's groups are of equal size and stand next to each other. Nothing requires that. Given a list that says for each
 # query head which key head it reads, return the constant head factors $A$, a float tensor of shape $(R, h)$. For
 # example `[0, 0, 1, 0]`: four heads, two key heads, and head 2 alone reads key head 1.
+#
+# <details><summary>Hint 1</summary>
+#
+# Which column of $A$ belongs to a query head, and which row to a key head?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Column $i$ has a single number that is not zero, in row `reads[i]`. Which number undoes the $1/R$ of `assemble`?
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -555,11 +567,23 @@ def head_factors(reads):
 checks.ex04_1(head_factors)
 
 # %% [markdown]
-# ### Exercise 2 · Break-even (10 minutes)
+# ### Exercise 2 · Break-even (★☆☆, 10 minutes)
 #
 # A model has $h$ query heads of width $d_h$. Up to which number of key-value heads $G$ does GQA cache **no more** than
 # contextual TPA with $R_K = R_V = R$? $G$ must divide $h$. (There always is one: $G = 1$ caches less than TPA of rank
 # 1.)
+#
+# <details><summary>Hint 1</summary>
+#
+# GQA caches $2Gd_h$ numbers. What does contextual TPA cache with $R_K = R_V = R$?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Try every $G$ from 1 to $h$ that divides $h$, and keep the largest with $2Gd_h \le 2R(h + d_h)$.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -577,7 +601,7 @@ def largest_group_count(h, d_head, rank):
 checks.ex04_2(largest_group_count)
 
 # %% [markdown]
-# ### Exercise 3 · Route by hand (15 minutes)
+# ### Exercise 3 · Route by hand (★★☆, 15 minutes)
 #
 # Set the weights that the experiment had to learn. Tokens are as above, but not scaled: `x` is a row with a one at its
 # speaker (entries 0 to 3), a one at its topic (4 to 11) and a one at its word (12 to 19). Four heads; here $d_h = 8$.
@@ -586,6 +610,24 @@ checks.ex04_2(largest_group_count)
 # is its topic, one-hot, and the other rows are zero.
 #
 # Then try to think of constants $a$ that would do the same.
+#
+# <details><summary>Hint 1</summary>
+#
+# $K = a \otimes b$: row $i$ of $K$ is $a_i b$. What must $a$ be, so that only the speaker's row is not zero?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# $a$ is the speaker's one-hot vector and $b$ the topic's. Which entries of $x$ already are these?
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# `W_a[:, 0:4]` and `W_b[:, 4:12]` are identity matrices; everything else is zero.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -606,12 +648,32 @@ def routing_weights():
 checks.ex04_3(routing_weights)
 
 # %% [markdown]
-# ### Exercise 4 · Who made these keys? (20 minutes)
+# ### Exercise 4 · Who made these keys? (★★★, 20 minutes)
 #
 # You see only the assembled, unrotated keys of a text, a float64 tensor `K` of shape $(T, h, d_h)$ from one of five
 # mechanisms with random weights: `"MHA"`, `"GQA"` ($1 < G < h$), `"MQA"`, `"fixed A"` (random constants, $1 < R < h$)
-# or `"contextual A"` ($R < h$). There are plenty of tokens, and $h \le d_h$. Tell which. Hint: section 6 tells fixed
-# from contextual; how do you tell GQA from other constants?
+# or `"contextual A"` ($R < h$). There are plenty of tokens, and $h \le d_h$. Tell which.
+# Section 6 tells fixed from contextual; how do you tell GQA from other constants?
+#
+# <details><summary>Hint 1</summary>
+#
+# Two ranks tell much: that of one token's matrix `K[0]`, and that of all tokens side by side, $h \times (T \cdot
+# d_h)$.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Constants have the same rank in both; contextual factors do not. Full rank $h$ in one token is MHA.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# GQA, MQA and other constants: count the *different* rows of `K[0]` with `torch.unique(..., dim=0)`. MQA has 1, GQA
+# $G$, random constants $h$.
+#
+# </details>
 
 
 # %% tags=["exercise"]

@@ -562,11 +562,30 @@ looks.show(fig, alt)
 #
 # ## Exercises
 #
-# ### Exercise 05.1 · An append that loses nothing (15 minutes)
+# ### Exercise 05.1 · An append that loses nothing (★★☆, 15 minutes)
 # Write `append` for an MHA cache held in one tensor `room` (B, h, max_len, d_h) whose first `length` positions are
 # filled. Store `new` (B, h, T, d_h) after them and return a view of all that is held, (B, h, length + T, d_h). If it
 # does not fit, or its shape is wrong, raise `ValueError` (an `assert` is skipped under `python -O`) and leave `room`
 # as it was.
+#
+# <details><summary>Hint 1</summary>
+#
+# Do all comparisons before the first write. Which shape must `new` have, given the room that is left?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The place for it is `room[:, :, length:end]`. A slice past the end is *shorter* and `copy_` *broadcasts*, both
+# silently: so compare `end` with the room, and the two shapes.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# Then `place.copy_(new)`, and return `room[:, :, :end]`, which is a view.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -592,10 +611,23 @@ def append(room: Tensor, length: int, new: Tensor) -> Tensor:
 checks.ex05_1(append)
 
 # %% [markdown]
-# ### Exercise 05.2 · How far does the memory reach? (10 minutes)
+# ### Exercise 05.2 · How far does the memory reach? (★☆☆, 10 minutes)
 # A model with `config` is to serve `batch_size` conversations at once, with caches in a type of `bytes_per_number`
 # bytes. Up to how many tokens can each conversation grow in `budget` bytes of cache? (Only memory counts here, not
 # `config.max_len`.)
+#
+# <details><summary>Hint 1</summary>
+#
+# How many numbers does one token leave in one layer? Queries leave none.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# $(R_K + R_V)(h + d_h)$ numbers, in each of `n_layer` layers, for each of `batch_size` conversations, at
+# `bytes_per_number` bytes. Divide and round down.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -619,12 +651,32 @@ def longest_context(
 checks.ex05_2(longest_context)
 
 # %% [markdown]
-# ### Exercise 05.3 · Four patients (25 minutes)
+# ### Exercise 05.3 · Four patients (★★★, 25 minutes)
 # `checks.ex05.patients()` returns four float64 layers. One is healthy; the others have bugs that you have *not* met above:
 # one keeps only a window of the last few tokens, one stores its cache in too narrow a type, and one confuses the
 # sequences of a batch. All share their weights' shapes and take inputs (B, T, 32), up to 64 tokens. Find out by
 # experiments, not by reading the code, which is which, and return the four words `"healthy"`, `"window"`,
 # `"rounding"`, `"batch"` in the patients' order. (A layer's own full pass without a cache is correct.)
+#
+# <details><summary>Hint 1</summary>
+#
+# Compare a layer's own full pass with prefill and decoding from a cache (`run` above), in float64.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# One sequence or two different ones? Few tokens or many? A small error or a large one? Each illness has its own
+# pattern.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# A batch of one is exact for the layer that confuses sequences; rounding is small (about $10^{-3}$) and everywhere; a
+# window is exact up to 8 tokens past the prompt's start and far off later.
+#
+# </details>
 
 
 # %% tags=["exercise"]

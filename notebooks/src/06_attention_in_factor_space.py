@@ -700,11 +700,31 @@ looks.table(header, rows, "Multiply–adds of Algorithm 1, as a share of MHA's")
 #
 # ## Exercises
 #
-# ### Exercise 06.1 · Two halves of a cache (15 minutes)
+# ### Exercise 06.1 · Two halves of a cache (★★☆, 15 minutes)
 # Fast GPU kernels cut the cache in two, let two groups of cores work at the same time, and merge. Each part arrives
 # as (m, s, y), with m and s of shape (h,), y of shape (h, d_h), and natural exponentials as in section 5. Write
 # `merge`, which returns (m, s, y) of both parts together. A part that has seen nothing is (−∞, 0, 0); of the two, at
-# most one is such.
+# most one is such. Leave both parts as they came.
+#
+# <details><summary>Hint 1</summary>
+#
+# The sums of the two parts are relative to different maxima. What is the common one?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# A sum relative to $m_1$ becomes one relative to $m \ge m_1$ when it is multiplied by $e^{m_1 - m}$, which is at most
+# 1.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# The same two factors for $s$ and for $y$; for $y$ with an axis for the features, `shrink[:, None]`. Make new
+# tensors: `*=` would change what came in.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -726,10 +746,29 @@ def merge(part_1: tuple, part_2: tuple) -> tuple:
 checks.ex06_1(merge)
 
 # %% [markdown]
-# ### Exercise 06.2 · Which order needs less arithmetic? (10 minutes)
-# Section 4 gave two ways to the logits: the table P first (Algorithm 1), or the queries assembled first. For which
-# ranks R_Q is the table cheaper, in multiply–adds per cached token? Return `"table"` or `"queries"`; where both cost
-# the same, the table is not cheaper. First convince yourself that R_K does not matter.
+# ### Exercise 06.2 · Which order needs less arithmetic? (★★☆, 10 minutes)
+# Section 4 gave two ways to the logits: P first (Algorithm 1), or the queries assembled first. For which ranks R_Q is
+# P first cheaper, in multiply–adds per cached token? Return `"P first"` or `"queries first"`; where both cost the same,
+# P first is not cheaper. First convince yourself that R_K does not matter.
+#
+# <details><summary>Hint 1</summary>
+#
+# Count both orders for one cached token, with all ranks. Which common factor can be dropped?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# P first: $R_Q R_K$ products over $d_h$ features, then $h R_Q R_K$ to weigh them. Queries first: $h R_K$ products
+# over $d_h$ features, then $h R_K$.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# Divide both by $R_K$: compare $R_Q(d_h + h)$ with $h(d_h + 1)$.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -740,16 +779,34 @@ def cheaper_order(h: int, d_h: int, rank_q: int) -> str:
 # %% tags=["solution"]
 def cheaper_order(h: int, d_h: int, rank_q: int) -> str:
     # both counts are R_K times something: R_Q d_h + h R_Q against h d_h + h
-    return "table" if rank_q * (d_h + h) < h * (d_h + 1) else "queries"
+    return "P first" if rank_q * (d_h + h) < h * (d_h + 1) else "queries first"
 
 
 # %%
 checks.ex06_2(cheaper_order)
 
 # %% [markdown]
-# ### Exercise 06.3 · The most that arithmetic allows (10 minutes)
+# ### Exercise 06.3 · The most that arithmetic allows (★★☆, 10 minutes)
 # What is the largest R_Q for which Algorithm 1 needs *fewer* multiply–adds than MHA with the same heads (Eq. A.4)?
 # Return 0 if there is none. Then look at what your function says for `rank_v = 2`, and explain it in one sentence.
+#
+# <details><summary>Hint 1</summary>
+#
+# MHA needs $2 h d_h$ multiply–adds per cached token. What does Eq. A.4 count for TPA?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# $R_Q R_K (d_h + h) + h R_V d_h$. The values are spent whatever $R_Q$ is; what do they leave?
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# The largest whole $R_Q$ with $R_Q \cdot \text{price} < \text{left}$ is `(left - 1) // price`, and never below 0.
+#
+# </details>
 
 
 # %% tags=["exercise"]

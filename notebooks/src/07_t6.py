@@ -556,10 +556,29 @@ print(f"{numbers[1] / numbers[0]:.1f} times")
 #
 # ## Exercises
 #
-# ### Exercise 07.1 · A budget for another layer (10 minutes)
+# ### Exercise 07.1 · A budget for another layer (★★☆, 10 minutes)
 # A variant of TPA shares the feature factors of keys and values: B_K = B_V before the rotation, so only one of the two
 # is computed, and R_K = R_V = R (head factors stay separate; queries and output matrix are as in TPA). How many heads
 # give this layer the 4·d_model² weights of MHA? Return the nearest whole number. Write down its weights first.
+#
+# <details><summary>Hint 1</summary>
+#
+# Per input feature, which maps are there? Head factors for queries, keys and values; feature factors for queries and
+# for the shared B; and the output projection.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Weights $/ d_\text{model} = (R_Q + 2R)\,h + (R_Q + R)\,d_h + h\,d_h$.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# Set that equal to $4\,d_\text{model}$ and solve for $h$, then `round`.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -578,11 +597,30 @@ def shared_b_heads(d_model: int, d_head: int, rank_q: int, rank: int) -> int:
 checks.ex07_1(shared_b_heads)
 
 # %% [markdown]
-# ### Exercise 07.2 · Nucleus sampling (20 minutes)
+# ### Exercise 07.2 · Nucleus sampling (★★☆, 20 minutes)
 # Top-k keeps k tokens whether the model is sure or not. *Top-p* keeps as few tokens as reach probability p together:
 # sort by probability, add up, stop as soon as the sum is **p or more**; the token that crosses the line is kept. Of
 # equal tokens at the line keep only as many as are needed, no matter which: a threshold on the values would keep all.
 # Write `top_p(logits, p)`: logits (B, vocab) with everything outside each row's nucleus set to −∞.
+#
+# <details><summary>Hint 1</summary>
+#
+# Sort in descending order and take the softmax of the sorted logits. What has been added up *before* a token?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# A token is outside the nucleus if the tokens before it already hold $p$ or more: `cumsum - probabilities >= p`.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# That mask is in sorted order. `torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, mask)` brings it back;
+# then `masked_fill`.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -605,10 +643,29 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 checks.ex07_2(top_p)
 
 # %% [markdown]
-# ### Exercise 07.3 · The very first step (10 minutes)
+# ### Exercise 07.3 · The very first step (★★☆, 10 minutes)
 # A T6 has just been made, and `loss.backward()` is called for the first time. Which of its weights receive a gradient
 # that is not zero? Think with section 4 in mind: follow the gradient backwards and ask where it is multiplied by
 # zero. Return the names as a set; then find out *why* training works all the same.
+#
+# <details><summary>Hint 1</summary>
+#
+# Which matrices are zero at the start? Follow the gradient backwards from the loss until it meets one.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The gradient of $W$ in $W z$ needs $z$ and what comes from above. A zero $W$ has a gradient, but lets none past to
+# what lies below it.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# The residual stream goes round all blocks, so the embedding is reached.
+#
+# </details>
 
 
 # %% tags=["exercise"]

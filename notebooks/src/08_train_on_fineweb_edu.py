@@ -81,9 +81,21 @@ again = [tokens.batch("train", step, 4, 16, seed=0)[0] for step in (7, 3, 7)]
 print(torch.equal(again[0], again[2]), torch.equal(again[0], again[1]))
 
 # %% [markdown]
-# ### Exercise 1 · Cut the windows (8 minutes)
+# ### Exercise 1 · Cut the windows (★☆☆, 8 minutes)
 # Write `windows(tokens, starts, seq_len)`: from a row of tokens (N,), return inputs and targets, both
 # `(len(starts), seq_len)`, of the windows that begin at `starts`.
+#
+# <details><summary>Hint 1</summary>
+#
+# A window holds `seq_len + 1` tokens: inputs are all but its last, targets all but its first.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `starts[:, None] + torch.arange(seq_len)` gives all places at once; the targets stand one place further.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -157,10 +169,29 @@ ax.set(
 plt.show()
 
 # %% [markdown]
-# ### Exercise 2 · The schedule (10 minutes)
+# ### Exercise 2 · The schedule (★★☆, 10 minutes)
 # Write `learning_rate(step, steps, warmup, peak)`. For the first `warmup` steps it rises in equal parts, so that step 0
 # already moves (`peak / warmup`) and step `warmup - 1` has the peak. Then it falls along half a cosine, from `peak` at
 # step `warmup` towards `peak / 20` at step `steps`.
+#
+# <details><summary>Hint 1</summary>
+#
+# Two branches: `step < warmup`, and the rest. What does the first step get, and what the step `warmup - 1`?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Warm-up: `peak * (step + 1) / warmup`. Afterwards `progress = (step - warmup) / (steps - warmup)` goes from 0 to 1.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# $(1 + \cos(\pi\,\text{progress}))/2$ goes from 1 to 0; stretch it so that the result goes from `peak` to `peak /
+# 20`.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -273,11 +304,23 @@ print([f"{row['train_loss']:.4f}" for row in resumed.metrics[5:9]])
 # Equal, not merely close: on a CPU there is nothing random left. (On a GPU some sums are taken in changing order, and
 # the last digits may differ.)
 #
-# ### Exercise 3 · What has to be saved? (8 minutes)
+# ### Exercise 3 · What has to be saved? (★☆☆, 8 minutes)
 # Suppose that each of these were *not* written to the checkpoint, and that after a crash it were set to its value at
 # the start of training. Would the losses after resuming differ from the undisturbed run's? Answer `True` (they would)
 # or `False` for each: `weights`; `moments` (AdamW's two averages); `step` (the number of updates so far); `gradients`
 # (as they are after an update, before the next batch); `validation_losses` (those measured so far).
+#
+# <details><summary>Hint 1</summary>
+#
+# Read one training step line by line. Which values does it take from the step before?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# What is computed anew in each step, or looked at and never used, need not be saved.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -388,11 +431,30 @@ plt.show()
 # zero-shot average), from single runs without error bars. What this section is for is the *method*: equal parameters,
 # equal data, equal seeds, paired differences, and an interval.
 #
-# ### Exercise 4 · Was a difference seen? (15 minutes)
+# ### Exercise 4 · Was a difference seen? (★★☆, 15 minutes)
 # Write `paired_interval(first, second, t)` for two lists of losses, seed by seed in the same order. It returns
 # `(low, high)`, the interval `mean ± t · s / √n` of the differences `first - second`, where `s` is their sample
 # standard deviation (with `n - 1`) and `t` is Student's value for the wished confidence (4.303 for 95 % and n = 3).
 # Only if the interval leaves out zero was a difference seen.
+#
+# <details><summary>Hint 1</summary>
+#
+# Pair first, then average: what is $x_i - y_i$ for each seed?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Mean and standard deviation of these differences; the latter with $n - 1$ (`statistics.stdev`, or `torch.std` as it
+# is).
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# The half-width is $t \cdot s / \sqrt n$, around the mean of first minus second.
+#
+# </details>
 
 
 # %% tags=["exercise"]

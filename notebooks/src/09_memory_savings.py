@@ -652,9 +652,22 @@ plt.show()
 #
 # ## Exercises
 #
-# ### Exercise 09.1 · The cache of a TPA model with windows (10 minutes)
+# ### Exercise 09.1 · The cache of a TPA model with windows (★☆☆, 10 minutes)
 # Return the bytes of the cache of a TPA model. `n_local` of its `n_layer` layers look back `window` tokens and keep
 # no more.
+#
+# <details><summary>Hint 1</summary>
+#
+# How many positions does a layer with a window cache, if the context is longer than the window? If it is shorter?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# $(L - n_\text{local})\,M + n_\text{local} \min(M, w)$ positions in all layers together, with $(R_K + R_V)(h + d_h)$
+# numbers each.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -702,9 +715,22 @@ from tpa_minimal.course import checks
 checks.ex09_1(tpa_cache_bytes)
 
 # %% [markdown]
-# ### Exercise 09.2 · The largest rank that still pays (10 minutes)
+# ### Exercise 09.2 · The largest rank that still pays (★☆☆, 10 minutes)
 # A model ships `n_kv_head` shared heads. Return the largest rank R = R_K = R_V at which TPA caches at least `times`
 # times less than it does, and 0 if not even rank 1 does. (`times` may be a fraction.)
+#
+# <details><summary>Hint 1</summary>
+#
+# Per token and layer the model caches $2 G d_h$ numbers, and TPA $2R(h + d_h)$. What does "`times` times less" say
+# about them?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# $2R(h + d_h) \cdot \text{times} \le 2 G d_h$; equality counts. Solve for $R$, and round down.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -725,7 +751,7 @@ def largest_rank(n_head, d_head, n_kv_head, times):
 checks.ex09_2(largest_rank)
 
 # %% [markdown]
-# ### Exercise 09.3 · Read the leaflet (10 minutes)
+# ### Exercise 09.3 · Read the leaflet (★★☆, 10 minutes)
 # A leaflet about a TPA version of Llama 3 70B says six things. For each, return `"true"`, `"false"`, or `"baseline"`
 # where the figure is right against another baseline than the one it claims.
 #
@@ -736,6 +762,19 @@ checks.ex09_2(largest_rank)
 # - **e** "At the paper's small size TPA caches 11.1 times less than the MHA model it was compared with."
 # - **f** "Because R_K + R_V = 4 is below break-even with 8 shared heads, (16, 2, 2) would also beat the latent of
 #   DeepSeek-V3."
+#
+# <details><summary>Hint 1</summary>
+#
+# For every figure, work out TPA's cache, and then the cache of the baseline that is *named*.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Llama 3 70B: 80 layers, 64 heads of width 128 in 8 groups, 70.6 billion weights. MHA with 64 heads, the shipped GQA
+# and TPA cache 16,384, 2,048 and $(R_K + R_V) \cdot 192$ numbers per token and layer.
+#
+# </details>
 
 
 # %% tags=["exercise"]

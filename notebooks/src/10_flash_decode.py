@@ -448,9 +448,27 @@ for row in result["rows"]:
 #
 # ## Exercises
 #
-# ### Exercise 10.1 · Merge any stretches (10 minutes)
+# ### Exercise 10.1 · Merge any stretches (★★☆, 10 minutes)
 # Return the output (h, d_h) from $m$ and $s$ (stretches, h) and $y$ (stretches, h, d_h), with logits in powers of 2. A
 # stretch may be **empty**: its $m$ is $-\infty$, its $s$ and $y$ are 0. At least one is not empty.
+#
+# <details><summary>Hint 1</summary>
+#
+# As in exercise 06.1, but for any number of stretches, and with powers of 2.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `shrink = torch.exp2(m - m.amax(0))` is 0 for an empty stretch.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# Add up the rescaled $y$ and the rescaled $s$ over the stretches, and divide at the very end.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -468,9 +486,22 @@ def merge(m, s, y):
 checks.ex10_1(merge)
 
 # %% [markdown]
-# ### Exercise 10.2 · The limit (10 minutes)
+# ### Exercise 10.2 · The limit (★☆☆, 10 minutes)
 # The least time in milliseconds in which one layer can decode a token for a batch of sequences, each with M cached
 # positions, if the cache (`size` bytes a number) is read at `gb_per_s` (10⁹ bytes per second) and nothing else takes time.
+#
+# <details><summary>Hint 1</summary>
+#
+# How many bytes have to be read, at least? Everything cached, once.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `batch` · `M` · $(R_K + R_V)(h + d_h)$ numbers of `size` bytes. Divide by bytes per second; a second is 1,000
+# milliseconds.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -505,7 +536,7 @@ def least_ms(
 checks.ex10_2(least_ms)
 
 # %% [markdown]
-# ### Exercise 10.3 · True or false? (10 minutes)
+# ### Exercise 10.3 · True or false? (★★☆, 10 minutes)
 # Replace each `...` by True or False.
 #
 # - **a** With 64 sequences in the batch, splitting the cache over stretches matters more than with one.
@@ -515,6 +546,18 @@ checks.ex10_2(least_ms)
 # - **d** Doubling R_Q doubles the time to decode against a long cache.
 # - **e** A program under the flat part of the roofline gets faster if its cache is stored in half the bytes and the
 #   arithmetic stays the same.
+#
+# <details><summary>Hint 1</summary>
+#
+# **a**: why is the cache split at all? **c**: what is $e^0$? **e**: which resource is the limit under the flat part?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# **b**: merging is an identity. **d**: the query is assembled once per token; what is read per cached position?
+#
+# </details>
 
 
 # %% tags=["exercise"]

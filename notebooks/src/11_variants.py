@@ -438,7 +438,7 @@ looks.show(
 #
 # ## Exercises
 #
-# ### 1 · Count before you build (10 minutes)
+# ### 1 · Count before you build (★☆☆, 10 minutes)
 #
 # Four variants that this notebook did *not* have. For each, how many numbers per token and layer does the cache need,
 # at best, for ranks $R_K=R_V=R$, $h$ heads of width $d_h$? RoPE is used throughout; queries are as in TPA.
@@ -447,6 +447,20 @@ looks.show(
 # - `"shared both"`: $a_k=a_v$ and $b_k=b_v$;
 # - `"fixed a_k"`: $a_k$ a constant, $a_v$ and both $b$ contextual;
 # - `"shared B, fixed A"`: $b_k=b_v$, and constant $a_k$ and $a_v$.
+#
+# <details><summary>Hint 1</summary>
+#
+# List the four cached factors $a_k, b_k, a_v, b_v$. Cross out what is a copy of another, and what is the same for
+# every token.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# A head factor has $R h$ numbers, a feature factor $R d_h$. A $b$ that serves as $b_k$ and as $b_v$ is cached once,
+# unrotated.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -468,12 +482,31 @@ def cached_numbers(variant: str, R: int, h: int, d_head: int) -> int:
 checks.ex11_1(cached_numbers)
 
 # %% [markdown]
-# ### 2 · Build a variant (25 minutes)
+# ### 2 · Build a variant (★★☆, 25 minutes)
 #
-# Write the first of these, TPA with **shared head factors**: $a_k=a_v$, cached once. Answer the three questions:
-# `factor_widths` gives six widths, those of $a_q, b_q, a_k, b_k, a_v, b_v$; keep the shared factor in the place of
-# $a_v$ and nothing in that of $a_k$. Which of `factors` and `restore` do you have to replace? The checker compares your
-# layer with a TPA whose rows for $a_k$ and $a_v$ are equal, without a cache and with one, and counts bytes.
+# Write the first of these, TPA with **shared head factors**: $a_k=a_v$, cached once. `factor_widths` gives six widths,
+# those of $a_q, b_q, a_k, b_k, a_v, b_v$; keep the shared factor in the place of $a_v$ and nothing in that of $a_k$.
+# Then replace `attend`, which gets $a_q$ and $b_q$ of the new tokens and all cached factors, $b_q$ and $b_k$ already
+# rotated. The checker compares your layer with a TPA whose rows for $a_k$ and $a_v$ are equal, without a cache, with one
+# and with padding, and counts bytes.
+#
+# <details><summary>Hint 1</summary>
+#
+# Six widths, in the order $a_q, b_q, a_k, b_k, a_v, b_v$. Which one is 0 here?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# With $a_k$ of width 0, `attend` gets an empty `a_k`. What belongs in its place?
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# `return super().attend(a_q, b_q, a_v, b_k, a_v, b_v, start, padding)`.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -481,7 +514,7 @@ class SharedHeadFactors(TensorProductAttention):
     def factor_widths(self):
         raise NotImplementedError
 
-    def restore(self, a_q, b_q, a_k, b_k, a_v, b_v, start):
+    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start, padding=None):
         raise NotImplementedError
 
 
@@ -491,19 +524,37 @@ class SharedHeadFactors(TensorProductAttention):
         h, d_head = self.config.n_head, self.config.d_head
         return h, d_head, 0, d_head, h, d_head
 
-    def restore(self, a_q, b_q, a_k, b_k, a_v, b_v, start):
-        return a_q, b_q, a_v, b_k, a_v, b_v
+    def attend(self, a_q, b_q, a_k, b_k, a_v, b_v, start, padding=None):
+        return super().attend(a_q, b_q, a_v, b_k, a_v, b_v, start, padding)
 
 
 # %%
 checks.ex11_2(SharedHeadFactors)
 
 # %% [markdown]
-# ### 3 · Rotate a third-order factor (15 minutes)
+# ### 3 · Rotate a third-order factor (★★☆, 15 minutes)
 #
 # Given `b` of shape $(T, d_b)$, `c` of shape $(T, d_c)$ and RoPE's tables for $d_b$ features (`cos`, `sin` of shape
 # $(T, d_b/2)$, feature $i$ paired with $i+d_b/2$, $x_1\cos+x_2\sin$ first), return the rotated feature vectors
 # $\mathrm{vec}(b\,R_t\otimes c)$ of shape $(T, d_b d_c)$. Mind the order of vec.
+#
+# <details><summary>Hint 1</summary>
+#
+# Rotate $b$ first, as in notebook 03, then build the product.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The vec of a matrix stacks its columns: entry $j \cdot d_b + i$ is $b_i c_j$, so $c$ is the slower index.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# `(c[:, :, None] * b[:, None, :]).flatten(1)`.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -522,17 +573,30 @@ def rotated_vec(b, c, cos, sin):
 checks.ex11_3(rotated_vec)
 
 # %% [markdown]
-# ### 4 · What survives? (10 minutes)
+# ### 4 · What survives? (★★☆, 10 minutes)
 #
 # True or false, for layers with random weights?
 #
 # - `"a"`: In the fixed-A variant with $R_K=h$, all heads' keys can be independent of each other.
 # - `"b"`: With fixed B and all ranks 1, the ratio of a logit at distance 3 to the logit of the same two tokens at
 #   distance 5 is the same for all tokens and all heads.
-# - `"c"`: If shared B cached its factor rotated, the values could still be had exactly, by turning it back.
+# - `"c"`: If shared B cached its factor rotated, the values could still be recovered exactly, by rotating it back.
 # - `"d"`: Rotating $c_r$ (of even width) instead of $b_r$ would break the relative-position property.
 # - `"e"`: A sigmoid on the *feature* factors, before RoPE, would break it.
 # - `"f"`: The same sigmoid after RoPE would break it.
+#
+# <details><summary>Hint 1</summary>
+#
+# For **a** to **c** ask what can be undone: a square matrix, a rotation, a common factor in a ratio.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# For **d** to **f** ask only: does anything but RoPE know the position? And is what comes out of RoPE still a rotated
+# vector afterwards?
+#
+# </details>
 
 
 # %% tags=["exercise"]

@@ -416,10 +416,30 @@ assert torch.equal(again(sample[:1]), small(sample[:1]))
 #
 # ## Exercises
 #
-# ### 1 · The other way round (10 minutes)
+# ### 1 · The other way round (★★☆, 10 minutes)
 #
 # `weight` is a query or key projection of a LLaMA, `(heads · d_head, d_model)`. Return the weight with which *our* RoPE
 # (feature $i$ paired with $i + d_h/2$) gives LLaMA's $q\cdot k$. There is more than one right answer.
+#
+# <details><summary>Hint 1</summary>
+#
+# LLaMA rotates with the opposite sense. What happens to a plane's rotation if one of its two features changes its
+# sign?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Within every head, the features $i$ and $i + d_h/2$ need opposite signs; features of $q$ and $k$ are *rows* of the
+# weight.
+#
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# `weight.unflatten(0, (-1, d_head))` has an axis for the heads and one for the features.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -438,9 +458,21 @@ def to_our_rotation(weight, d_head):
 checks.ex12_1(to_our_rotation)
 
 # %% [markdown]
-# ### 2 · Fold a gain (5 minutes)
+# ### 2 · Fold a gain (★☆☆, 5 minutes)
 #
 # LLaMA computes `W @ (gain * x)`. Return the matrix that does it without a gain.
+#
+# <details><summary>Hint 1</summary>
+#
+# $(W (g \odot x))_i = \sum_j W_{ij}\, g_j\, x_j$: which index does the gain share with $W$?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The gain multiplies *columns*; a vector broadcasts along the last axis.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -457,10 +489,22 @@ def fold(weight, gain):
 checks.ex12_2(fold)
 
 # %% [markdown]
-# ### 3 · The authors' layout (10 minutes)
+# ### 3 · The authors' layout (★☆☆, 10 minutes)
 #
 # `weight` is a head-factor projection of theirs, `(n_head · rank, d_model)`, whose output they read as
 # `(n_head, rank)`. Return it with rows in our order, to be read as `(rank, n_head)`.
+#
+# <details><summary>Hint 1</summary>
+#
+# Row $i R + r$ of theirs is head $i$, rank $r$. Where does it stand in ours?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Split the rows into two axes, exchange these, and flatten again. A `view` alone moves nothing.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -477,11 +521,23 @@ def rank_major(weight, n_head, rank):
 checks.ex12_3(rank_major)
 
 # %% [markdown]
-# ### 4 · Which rank saves anything? (15 minutes)
+# ### 4 · Which rank saves anything? (★★☆, 15 minutes)
 #
 # A GQA model has $h$ heads of width $d_h$ in $G$ groups. Return two whole numbers: the largest $R_K=R_V=R$ at which
 # fixed-A TPA caches *less* than the model does, and the largest at which contextual TPA does. (0 if none.) Then think
 # about what this says of models that are GQA already.
+#
+# <details><summary>Hint 1</summary>
+#
+# GQA caches $2Gd_h$ numbers, fixed A $2Rd_h$, contextual A $2R(h + d_h)$ per token and layer.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# *Less*, so the rank may not be met exactly: the largest whole $R$ with $R q < p$ is `(p - 1) // q`.
+#
+# </details>
 
 
 # %% tags=["exercise"]
