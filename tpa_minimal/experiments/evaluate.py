@@ -175,7 +175,7 @@ def of_transformers(tokenizer) -> Tokenizer:
     first = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
         raise EvaluationError(
-            f"tokenizer {tokenizer.name_or_path}: has neither a BOS nor an EOS token; set tokenizer.eos_token and save it"
+            f"--tokenizer {tokenizer.name_or_path}: has no BOS and no EOS token; set its eos_token and save it again"
         )
     opening = tokenizer.decode(first)
 
@@ -301,8 +301,23 @@ class Question(NamedTuple):
 
 
 def _recall(draw: lessons.Draw) -> Question:
-    """Who of four has what: the choices are what the four have."""
-    return Question(*lessons.recall(draw, n_facts=4, distance=0, n_tokens=len))
+    """What was said of a person: the other choices name another job, animal, food, day or place."""
+    context, _, asked = lessons.profile(draw).partition("\nAnswer:")
+    right = asked.split("\n")[0]  # " Graivis works as a baker."
+    places = draw.names("place", 4)
+    for kind in (
+        lessons.JOBS,
+        lessons.ANIMALS,
+        lessons.FOODS,
+        lessons.DAYS,
+        [*places, right.partition(" in ")[2][:-1]],
+    ):
+        said = [value for value in kind if right.endswith(f" {value}.")]
+        if said:
+            others = draw.some([value for value in kind if value != said[0]], 3)
+            choices = draw.some([right, *(right.replace(f" {said[0]}.", f" {other}.") for other in others)], 4)
+            return Question(f"{context}\nAnswer:", choices, choices.index(right))
+    raise AssertionError(right)
 
 
 def _spelling(draw: lessons.Draw) -> Question:
@@ -315,19 +330,18 @@ def _spelling(draw: lessons.Draw) -> Question:
     for place in draw.some(range(4), 3):
         other = (parts[place] + 1 + draw.below(len(kinds[place]) - 1)) % len(kinds[place])
         names.append(lessons.name("person", (*parts[:place], other, *parts[place + 1 :])))
-    told = lessons.keepsake(names[0], draw.one(lessons.COLOURS), draw.one(lessons.OBJECTS))
-    question = f"{told}\nQuestion: What does {names[0]} have?\nAnswer:"
+    told = names[0], draw.one(lessons.COLOURS), draw.one(lessons.OBJECTS)
+    context = f"{lessons.keepsake(*told)}\nQuestion: {lessons.keepsake_question(*told)[0]}\nAnswer:"
     choices = draw.some([f" {name} has" for name in names], 4)
-    return Question(question, choices, choices.index(f" {names[0]} has"))
+    return Question(context, choices, choices.index(f" {names[0]} has"))
 
 
 def _counting(draw: lessons.Draw) -> Question:
-    """Four numbers at equal steps, and the next: the other choices are one more, one less and ten more."""
-    start, step = draw.numbers(60, 12)
-    listed = ", ".join(str(start + i * step) for i in range(4))
-    right = start + 4 * step
-    choices = draw.some([f" {right + off}," for off in (0, 1, -1, 10)], 4)
-    return Question(f"Count by {step} from {start}: {listed},", choices, choices.index(f" {right},"))
+    """The number that comes after another in a list: the other choices are the three before it."""
+    context, _, right = lessons.counting(draw).partition("\nAnswer:")
+    listed = context.partition(": ")[2].partition(".")[0].split(", ")
+    choices = draw.some([f" {number}." for number in listed[-4:]], 4)
+    return Question(f"{context}\nAnswer:", choices, choices.index(right))
 
 
 LESSONS = {"lessons_recall": _recall, "lessons_spelling": _spelling, "lessons_counting": _counting}
