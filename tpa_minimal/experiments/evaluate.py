@@ -32,14 +32,15 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from tpa_minimal import huggingface
-from tpa_minimal.experiments import data, lessons, train
+from tpa_minimal.experiments import data, lessons, sources, train
+from tpa_minimal.experiments.sources import short
 from tpa_minimal.files import FileError, read_json, write_json, write_whole
 from tpa_minimal.tpa import T6
 
 PAPER_TASKS = (
     "arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande", "mmlu", "sciq",
 )  # fmt: skip
-# The averages over these nine that the paper reports (Tables 2 to 5 and App. H), in percent, by size and shots.
+# The averages over these nine that the paper reports (Sec. 6), in percent, by size and shots.
 PAPER_MECHANISMS = ("mha", "mqa", "gqa", "mla", "tpa-kv-only", "tpa")
 PAPER_AVERAGES = {
     ("small", 0): (46.19, 45.14, 45.04, 46.20, 45.94, 46.21),
@@ -203,7 +204,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         if isinstance(error, EvaluationError):
             raise
         remedy = f"name {', '.join(data.TOKENIZERS)}, or a folder or hub repository with a tokenizer of transformers"
-        raise EvaluationError(f"--tokenizer {name}: cannot be loaded ({_first_line(error)}); {remedy}") from error
+        raise EvaluationError(f"--tokenizer {name}: cannot be loaded ({short(error)}); {remedy}") from error
 
 
 class Subject(NamedTuple):
@@ -231,17 +232,13 @@ def open_model(name: str, *, tokenizer: str | None = None, device: str | torch.d
         model = huggingface.from_pretrained(name, device=device)
     except Exception as error:  # a hub fails in the ways of whichever HTTP library is beneath
         raise EvaluationError(
-            f"{name}: is no run and no model that can be read ({_first_line(error)}); name the folder of a run, or a "
+            f"{name}: is no run and no model that can be read ({short(error)}); name the folder of a run, or a "
             "folder or hub repository that save_pretrained or push_to_hub wrote"
         ) from error
     held = [file for file in ("tokenizer.json", "tokenizer_config.json") if (folder / file).exists()]
     if tokenizer is None and folder.is_dir() and not held:
         raise EvaluationError(f"{name}: holds a model and no tokenizer; name the model's own with --tokenizer")
     return Subject(name, model, load_tokenizer(tokenizer or name))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 # -------------------------------------------------------------------------------------------------- held-out text
@@ -398,7 +395,7 @@ def _load_tasks(name: str) -> dict:
             tasks = _task_manager().load([name])["tasks"]
     except Exception as error:  # what a hub raises depends on the HTTP library beneath
         raise EvaluationError(
-            f"--tasks {name}: its questions cannot be loaded ({_first_line(error)}); connect to the network once, set "
+            f"--tasks {name}: its questions cannot be loaded ({short(error)}); connect to the network once, set "
             "HF_ENDPOINT to a mirror that has them, or choose heldout,lessons, which need none"
         ) from error
     for each, task in tasks.items():
@@ -419,9 +416,9 @@ def _bounded_hub() -> Iterator[None]:
 
     before, shown = (hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE), datasets.is_progress_bar_enabled()
     try:
-        requests.head(hub.ENDPOINT, timeout=5)
+        sources.within(5, lambda: requests.head(hub.ENDPOINT, timeout=5))
         offline = False
-    except requests.RequestException:
+    except (TimeoutError, requests.RequestException):
         offline = True
     try:
         hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = (offline or was for was in before)
