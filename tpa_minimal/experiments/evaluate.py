@@ -199,7 +199,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return of_transformers(AutoTokenizer.from_pretrained(name))
+        return of_transformers(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
     except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, EvaluationError):
             raise
@@ -251,10 +251,7 @@ def held_out(subject: Subject, limit: int | None = None, progress: bool = False)
     second token on; standard errors are over the windows, `limit` at most. Returns a dict like the harness's. Raises
     EvaluationError for a model that is no run or a run whose data has changed, and data.DataError.
     """
-    if subject.run is None:
-        raise EvaluationError(
-            f"{subject.name}: heldout needs a training run, whose validation split it reads; choose other --tasks"
-        )
+    _require_run(subject)
     settings, encoding = subject.run.settings, subject.run.tokenizer
     with contextlib.redirect_stdout(sys.stderr):
         text = data.prepare(settings.data, settings.tokens, tokenizer=encoding.name, progress=progress)
@@ -281,6 +278,13 @@ def held_out(subject: Subject, limit: int | None = None, progress: bool = False)
     return result
 
 
+def _require_run(subject: Subject) -> None:
+    if subject.run is None:
+        raise EvaluationError(
+            f"{subject.name}: heldout needs a training run, whose validation split it reads; choose other --tasks"
+        )
+
+
 def _standard_error(values: Sequence[float], scale: float = 1) -> float | str:
     """Of the mean of `scale` times the values; "N/A", as the harness has it, for a single one."""
     return scale * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else "N/A"
@@ -301,20 +305,12 @@ def _recall(draw: lessons.Draw) -> Question:
     """What was said of a person: the other choices name another job, animal, food, day or place."""
     context, _, asked = lessons.profile(draw).partition("\nAnswer:")
     right = asked.split("\n")[0]  # " Graivis works as a baker."
-    places = draw.names("place", 4)
-    for kind in (
-        lessons.JOBS,
-        lessons.ANIMALS,
-        lessons.FOODS,
-        lessons.DAYS,
-        [*places, right.partition(" in ")[2][:-1]],
-    ):
-        said = [value for value in kind if right.endswith(f" {value}.")]
-        if said:
-            others = draw.some([value for value in kind if value != said[0]], 3)
-            choices = draw.some([right, *(right.replace(f" {said[0]}.", f" {other}.") for other in others)], 4)
-            return Question(f"{context}\nAnswer:", choices, choices.index(right))
-    raise AssertionError(right)
+    where = [right.partition(" in ")[2][:-1], *draw.names("place", 4)]
+    kinds = (lessons.JOBS, lessons.ANIMALS, lessons.FOODS, lessons.DAYS, where)
+    said, kind = next((value, kind) for kind in kinds for value in kind if right.endswith(f" {value}."))
+    others = draw.some([value for value in kind if value != said], 3)
+    choices = draw.some([right, *(right.replace(f" {said}.", f" {other}.") for other in others)], 4)
+    return Question(f"{context}\nAnswer:", choices, choices.index(right))
 
 
 def _spelling(draw: lessons.Draw) -> Question:
@@ -554,10 +550,8 @@ def evaluate(
     if (limit is not None and limit < 1) or not shots_asked or shots_asked[0] < 0:
         raise EvaluationError(f"--limit {limit} --num-fewshot {shots_asked}: need 1 or more, and 0 or more")
     names = task_names(tasks)
-    if "heldout" in names and subject.run is None:
-        raise EvaluationError(
-            f"{subject.name}: heldout needs a training run, whose validation split it reads; choose other --tasks"
-        )
+    if "heldout" in names:
+        _require_run(subject)
     report = report or new_report(subject, limit)
     for task in names:
         own = task == "heldout" or task in LESSONS
