@@ -375,3 +375,21 @@ LEDGER += [
         "tests/test_huggingface.py::test_contextual_factors_cannot_follow_a_linear_map_of_centred_inputs",
     ),
 ]
+
+# ------------------------------------------------------------------------------------------------ 13
+LEDGER += [
+    Claim(
+        "Sec. 6",
+        "downstream accuracy ranks the answers by their log-likelihood under the model",
+        "13_evaluate",
+        "likelihood-ranking",
+        "tests/experiments/test_evaluate.py::test_log_likelihoods_are_a_plain_loop_over_the_logits",
+    ),
+    Claim(
+        "Sec. 6",
+        "the averages over nine tasks show TPA level with MHA and MLA, within their standard errors",
+        "13_evaluate",
+        "paper-averages",
+        "tests/course/checks/test_ex13.py::test_the_statements_by_the_paper_s_numbers",
+    ),
+]
