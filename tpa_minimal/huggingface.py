@@ -759,15 +759,12 @@ def _pulled(name, revision, token) -> Path:
     from huggingface_hub import hf_hub_download  # only those who go to the hub need it
 
     try:
-        paths = [
-            hf_hub_download(str(name), file, revision=revision, token=token) for file in (CONFIG_FILE, WEIGHTS_FILE)
-        ]
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            path = hf_hub_download(str(name), file, revision=revision, token=token)
     except Exception as error:  # the client's, its HTTP library's, the socket's: they have no base class in common
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OSError(
-            f"{name}: is no folder here, and could not be pulled from the hub ({reason}); try again"
-        ) from error
-    return Path(paths[0]).parent
+        raise OSError(f"{name}: no folder here, and could not be pulled from the hub ({reason}); try again") from error
+    return Path(path).parent
 
 
 def _checked(folder: Path) -> T6:
@@ -901,7 +898,7 @@ class _CacheLayer:
 
 
 def _ragged(mask: Tensor | None, batch_size: int, start: int, T: int) -> tuple[Tensor | None, bool]:
-    """What a mask (B, start + T) of ones for tokens and zeros for padding says: padding on the left, if any on the right.
+    """What a mask (B, start + T), 0 for padding, says: how much is on the left (B,), and if any is on the right.
 
     Raises ValueError for masks of another shape, with holes, or with a row that has no token.
     """
@@ -1062,9 +1059,7 @@ class _CausalLM:
         if not past.layers or not isinstance(past.layers[0], _CacheLayer):
             if type(past) is not self._cache_class or past.get_seq_length() or past.offloading:
                 raise ValueError(f"{type(past).__name__}: T6 has a cache of its own; leave cache_implementation out")
-            past.layers = [
-                _CacheLayer(block.attention.new_cache(batch_size, 64), padding) for block in self.model.blocks
-            ]
+            past.layers = [_CacheLayer(cache, padding) for cache in self.model.new_cache(batch_size, 64)]
         for layer in past.layers:
             layer.make_room(T)
         return past, Cache(layer.factors for layer in past.layers)
