@@ -674,6 +674,324 @@ def test_what_cannot_be_described_or_read_is_refused(tmp_path):
             convert.from_pretrained(tmp_path)
 
 
+# ------------------------------------------------------------------------------------- T6 inside transformers
+
+WRAPPED = [
+    TensorProductAttention,
+    variants.SharedFeatureFactors,
+    MultiHeadAttention,
+    partial(MultiHeadAttention, n_kv_head=2),
+    partial(MultiHeadLatentAttention, d_c=10, d_rope=4),
+]
+GREEDY = dict(do_sample=False, max_new_tokens=20, pad_token_id=30)
+
+
+def wrapped(attention=TensorProductAttention, **changes):
+    pytest.importorskip("transformers")
+    from tpa_minimal.huggingface import T6ForCausalLM
+
+    return T6ForCausalLM(wake(T6(config(**changes), attention=attention))).eval()
+
+
+def ragged(lengths=(3, 11, 7)):
+    """Prompts of these lengths, the same left-padded by token 30, and the mask."""
+    prompts = [torch.randint(30, (1, n)) for n in lengths]
+    padded, mask = (
+        torch.full((len(prompts), max(lengths)), 30),
+        torch.zeros(len(prompts), max(lengths), dtype=torch.long),
+    )
+    for i, prompt in enumerate(prompts):
+        padded[i, -prompt.shape[1] :] = prompt
+        mask[i, -prompt.shape[1] :] = 1
+    return prompts, padded, mask
+
+
+@pytest.mark.parametrize("attention", WRAPPED)
+def test_a_left_padded_batch_generates_what_each_prompt_does_alone(attention):
+    model = wrapped(attention)
+    prompts, padded, mask = ragged()
+    together = model.generate(padded, attention_mask=mask, **GREEDY)
+    for prompt, row in zip(prompts, together):
+        assert torch.equal(row[-20:], model.model.generate(prompt, 20, temperature=0)[0, -20:])
+    beams = model.generate(padded, attention_mask=mask, num_beams=3, **GREEDY)
+    for prompt, row in zip(prompts, beams):
+        alone = model.generate(prompt, num_beams=3, use_cache=False, **GREEDY)
+        assert torch.equal(row[-20:], alone[0, -20:])
+
+
+def test_the_wrapper_is_the_model_logits_loss_and_gradient():
+    model = wrapped().double()
+    tokens = torch.randint(31, (2, 12))
+    plain = model.model(tokens)
+    output = model(tokens, labels=tokens)
+    assert torch.equal(output.logits, plain)
+    expected = nn.functional.cross_entropy(plain[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected.to(output.loss.dtype))
+    output.loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    first = model(tokens[:, :5])
+    rest = model(tokens[:, 5:], past_key_values=first.past_key_values, logits_to_keep=2).logits
+    torch.testing.assert_close(rest, plain[:, -2:], rtol=0, atol=1e-10)
+
+
+def test_padding_changes_neither_logits_nor_loss():
+    model = wrapped().double()
+    tokens = torch.randint(31, (1, 8))
+    alone = model(tokens, labels=tokens)
+    for left, right in ((4, 0), (0, 4), (3, 2)):
+        padded = nn.functional.pad(tokens, (left, right), value=50257)  # beyond the vocabulary, as added tokens are
+        mask = nn.functional.pad(torch.ones_like(tokens), (left, right))
+        labels = nn.functional.pad(tokens, (left, right), value=-100)
+        output = model(padded, attention_mask=mask, labels=labels)
+        torch.testing.assert_close(output.logits[:, left : left + 8], alone.logits, rtol=0, atol=1e-10)
+        torch.testing.assert_close(output.loss, alone.loss)
+        counted = (mask.cumsum(-1) - 1).clamp(min=0)
+        for position_ids in (counted, torch.arange(8 + left + right)[None]):
+            again = model(padded, attention_mask=mask, position_ids=position_ids)
+            assert torch.equal(again.logits, output.logits)
+
+
+def test_padding_is_remembered_where_a_later_call_brings_no_mask():
+    model = wrapped().double()
+    prompts, padded, mask = ragged()
+    past = model(padded, attention_mask=mask).past_key_values
+    new = torch.randint(30, (3, 4))
+    logits = model(new, past_key_values=past).logits
+    for i, prompt in enumerate(prompts):
+        alone = model.model(torch.cat((prompt, new[i : i + 1]), 1))[:, -4:]
+        torch.testing.assert_close(logits[i : i + 1], alone, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "given,message",
+    [
+        (dict(attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1]])), "with a hole"),
+        (dict(attention_mask=torch.tensor([[0, 1, 0, 1, 1, 1]])), "with a hole"),
+        (dict(attention_mask=torch.zeros(1, 6)), "row without tokens"),
+        (dict(attention_mask=torch.ones(1, 1, 6, 6)), r"attention_mask of shape \(1, 1, 6, 6\): needed is \(1, 6\)"),
+        (dict(attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]), use_cache=True), "padding on the right"),
+        (dict(position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])), "packed or stretched"),
+        (dict(position_ids=torch.tensor([[0, 2, 4, 6, 8, 10]])), "packed or stretched"),
+        (dict(position_ids=torch.tensor([[5, 6, 7, 8, 9, 10]])), "packed or stretched"),
+        (dict(inputs_embeds=torch.zeros(1, 6, 24)), "inputs_embeds: T6ForCausalLM does not support"),
+        (dict(output_attentions=True), "output_attentions: T6ForCausalLM does not support"),
+    ],
+)
+def test_what_t6_cannot_honour_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        wrapped()(torch.randint(31, (1, 6)), **given)
+
+
+def test_another_cache_is_refused():
+    with pytest.raises(ValueError, match="StaticCache: T6 has a cache of its own"):
+        wrapped().generate(torch.randint(30, (1, 6)), cache_implementation="static", **GREEDY)
+
+
+def test_sampling_end_of_text_and_assistants():
+    model = wrapped()
+    prompt = torch.randint(30, (1, 6))
+    plain = model.model.generate(prompt, 20, temperature=0)
+    drafting = wrapped(n_layer=1)
+    assert torch.equal(model.generate(prompt, assistant_model=drafting, **GREEDY), plain)
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **GREEDY), plain)
+    assert torch.equal(model.generate(prompt, do_sample=True, top_p=1e-6, max_new_tokens=20, pad_token_id=30), plain)
+    end = plain[0, 9].item()
+    stop = 6 + plain[0, 6:].tolist().index(end)
+    assert torch.equal(model.generate(prompt, eos_token_id=end, **GREEDY), plain[:, : stop + 1])
+    torch.manual_seed(0)
+    drawn = model.generate(prompt, do_sample=True, top_k=5, temperature=0.7, max_new_tokens=20, pad_token_id=30)
+    assert torch.equal(
+        drawn, model.model.generate(prompt, 20, top_k=5, temperature=0.7, generator=torch.manual_seed(0))
+    )
+    long = model.generate(prompt, num_return_sequences=2, do_sample=True, max_new_tokens=90, pad_token_id=30)
+    assert long.shape == (2, 96)  # the cache grew
+
+
+@pytest.mark.parametrize("attention", KINDS)
+def test_automodel_opens_what_we_saved_and_we_what_it_saves(attention, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = wake(T6(config(), attention=attention)).bfloat16()
+    convert.save_pretrained(model, tmp_path, tokenizer="gpt2")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.randint(31, (2, 9))
+    assert torch.equal(theirs(tokens).logits, model(tokens)) and theirs.dtype == torch.bfloat16
+    assert theirs.config.tokenizer == "gpt2" and theirs.config.vocab_size == 31
+    theirs.save_pretrained(tmp_path / "again")
+    assert not list((tmp_path / "again").glob(".*"))
+    assert torch.equal(convert.from_pretrained(tmp_path / "again")(tokens), model(tokens))
+    wide = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert wide.dtype == torch.float32 and wide.config.tokenizer == "gpt2"
+
+
+def test_a_runs_folder_and_a_converted_llama_open_too(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokens = torch.randint(1, 31, (1, 9))
+    models = {step: wake(T6(config())) for step in (20, 100, 3)}
+    for step, model in models.items():
+        convert.save_pretrained(model, tmp_path / f"checkpoint-{step:08d}")
+    (tmp_path / "checkpoint-00000900").mkdir()  # killed before anything was in it
+    (tmp_path / "checkpoint-notes").mkdir()
+    assert torch.equal(convert.from_pretrained(tmp_path)(tokens), models[100](tokens))
+    (tmp_path / "config.json").write_text((tmp_path / "checkpoint-00000100" / "config.json").read_text())
+    assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, models[100](tokens))
+    ours = convert.llama_to_t6(llama(**SHAPES[5]))
+    convert.save_pretrained(ours, tmp_path / "llama")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    assert torch.equal(theirs(tokens).logits, ours(tokens))
+    assert [p.requires_grad for p in theirs.model.parameters()] == [p.requires_grad for p in ours.parameters()]
+    run = dict(max_new_tokens=9, do_sample=False)
+    assert torch.equal(theirs.generate(tokens, **run), ours.generate(tokens, 9, temperature=0))
+
+
+def test_an_interrupted_save_by_transformers_leaves_the_earlier_one(tmp_path, monkeypatch):
+    wrapped().save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    import transformers.modeling_utils
+
+    def fail(state, path, **_):
+        open(path, "wb").write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        wrapped(d_model=32).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_loaded_weights_are_not_the_file(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, tokens = wake(T6(config())), torch.randint(31, (1, 9))
+    convert.save_pretrained(model, tmp_path)
+    again, theirs = convert.from_pretrained(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with open(tmp_path / "model.safetensors", "r+b") as file:
+        file.seek(-4000, os.SEEK_END)
+        file.write(b"\0" * 4000)
+        file.flush()
+        assert torch.equal(again(tokens), model(tokens)) and torch.equal(theirs(tokens).logits, model(tokens))
+    os.truncate(tmp_path / "model.safetensors", 100)
+    assert torch.equal(again(tokens), model(tokens)) and torch.equal(theirs(tokens).logits, model(tokens))
+
+
+CRAFTED = [
+    (dict(n_layer=10**9), "n_layer is not as config.json describes it: 1000000000, but 2"),
+    (dict(d_ff=10**7), "d_ff is not as config.json"),
+    (dict(vocab_size=10**12), "vocab_size, d_model is not as config.json"),
+    (dict(rank_k=10**15), "describes model.blocks.0.attention.factor_proj.weight|damaged"),
+    (dict(n_layer="2"), "n_layer is not as"),
+    (dict(rope_base="x"), "config.json: is damaged"),
+    (dict(max_len=-1), "max_len=-1"),
+]
+
+
+@pytest.mark.parametrize("changes,message", CRAFTED)
+def test_a_crafted_config_is_refused_before_anything_is_built(changes, message, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    convert.save_pretrained(T6(config()), tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    found["sizes"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    for read in (convert.from_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path)
+
+
+def test_weights_of_another_kind_are_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+
+    convert.save_pretrained(T6(config()), tmp_path)
+    good = load_file(tmp_path / "model.safetensors")
+    name = "model.blocks.1.mlp.up_proj.weight"
+    nan = good[name].clone()
+    nan[3, 5] = torch.nan
+    for weight, message in ((good[name].long(), "is I64"), (good[name][:5].clone(), "describes"), (nan, "holds NaN")):
+        save_file({**good, name: weight}, tmp_path / "model.safetensors")
+        for read in (convert.from_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
+            with pytest.raises(ValueError, match=message):
+                read(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="config.json: is not JSON"):
+        convert.from_pretrained(tmp_path)
+
+
+def test_trainer_trains_saves_and_resumes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    data = [{"input_ids": t, "labels": t} for t in torch.randint(31, (16, 12))]
+    options = dict(output_dir=tmp_path, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True)
+    options |= dict(save_steps=2, learning_rate=1e-2, logging_strategy="no", save_only_model=False)
+    model = wrapped()
+    before = model(data[0]["input_ids"][None], labels=data[0]["labels"][None]).loss
+    arguments = transformers.TrainingArguments(max_steps=4, **options)
+    transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data).train()
+    after = model.eval()(data[0]["input_ids"][None], labels=data[0]["labels"][None]).loss
+    assert after < before
+    last = convert.from_pretrained(tmp_path)
+    assert torch.equal(last(data[0]["input_ids"][None]), model(data[0]["input_ids"][None]).logits)
+    other = wrapped()
+    trainer = transformers.Trainer(other, arguments, train_dataset=data)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert torch.equal(other.eval()(data[0]["input_ids"][None]).logits, model(data[0]["input_ids"][None]).logits)
+
+
+def test_an_adapter_is_trained_saved_and_loaded(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = wrapped(partial(MultiHeadLatentAttention, d_c=10, d_rope=4))
+    tokens, base = torch.randint(31, (2, 9)), convert.copy.deepcopy(model)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_up", "out_proj"], r=2)
+    adapted = peft.get_peft_model(model, lora)
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=10.0)
+    for _ in range(3):
+        adapted(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    logits = adapted.eval()(input_ids=tokens).logits
+    assert not torch.allclose(logits, base(tokens).logits, atol=1e-3)
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(convert.copy.deepcopy(base), tmp_path)
+    assert torch.equal(again(input_ids=tokens).logits, logits)
+    text = again.generate(input_ids=tokens, **GREEDY)
+    merged = again.merge_and_unload()
+    assert torch.equal(merged.generate(tokens, **GREEDY), text)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["k_up"], r=2)
+    with pytest.raises(ValueError, match="k_up is a Linear: .* target_modules"):
+        peft.get_peft_model(base, lora)(input_ids=tokens)
+    with pytest.raises(ValueError, match="merge or remove adapters|which config.json cannot|does not describe"):
+        base.save_pretrained(tmp_path / "whole")
+
+
+def test_more_tokens_are_added():
+    model = wrapped()
+    model.resize_token_embeddings(40, mean_resizing=False)
+    assert (
+        model(torch.tensor([[39, 1]])).logits.shape[-1] == 40
+        and convert.describe(model.model)["sizes"]["vocab_size"] == 40
+    )
+
+
+def test_importing_imports_no_transformers_and_registers_all_the_same(tmp_path):
+    pytest.importorskip("transformers")
+    convert.save_pretrained(wake(T6(config())), tmp_path)
+    program = """
+import sys, tpa_minimal.huggingface as convert
+convert.from_pretrained(sys.argv[1])
+assert not {"transformers", "peft", "huggingface_hub"} & sys.modules.keys()
+from transformers import AutoConfig
+assert AutoConfig.from_pretrained(sys.argv[1]).hidden_size == 24
+from transformers import AutoModelForCausalLM
+assert type(AutoModelForCausalLM.from_pretrained(sys.argv[1])) is convert.T6ForCausalLM
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=300)
+
+
+def test_transformers_4_is_refused_by_name(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    for function in (lambda: convert.T6ForCausalLM, lambda: convert.llama_to_t6(llama())):
+        monkeypatch.delitem(vars(convert), "T6ForCausalLM", raising=False)
+        with pytest.raises(ImportError, match="transformers 4.57.1: needed is 5 or newer"):
+            function()
+
+
 class LoopbackHub(http.server.BaseHTTPRequestHandler):
     """As much of the hub's protocol as pushing and pulling one small repository takes; files are kept in memory."""
 

@@ -659,7 +659,7 @@ def describe(model: T6) -> dict:
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
     }
     with torch.device("meta"):
-        again = _built(description)
+        again = _built({**description, "frozen": ()})
     if (type(model), model.norm) != (type(again), again.norm):
         raise ValueError(f"{type(model).__name__}: a class or a norm of its own, which {CONFIG_FILE} cannot describe")
     for i, (block, other) in enumerate(zip(model.blocks, again.blocks)):
@@ -696,7 +696,11 @@ def _built(description: dict) -> T6:
         raise ValueError(f"asks for {wanted}, which this version does not know")
     config, make = T6Config(**description["sizes"]), partial(kind, **attention)
     model = LlamaT6(config, make, **description["llama"]) if description.get("llama") else T6(config, make)
-    for name in description.get("frozen", ()):
+    return _frozen(model, description.get("frozen", ()))
+
+
+def _frozen(model: T6, names) -> T6:
+    for name in names:
         model.get_parameter(name).requires_grad_(False)
     return model
 
@@ -919,15 +923,19 @@ def _ragged(mask: Tensor | None, batch_size: int, start: int, T: int) -> tuple[T
     return (left if left.any() else None), bool(right.any())
 
 
-def _check_positions(position_ids: Tensor | None, start: int, T: int, padding: Tensor | None) -> None:
-    """Raise ValueError unless `position_ids` count the tokens of each row one by one, with its padding or without."""
+def _check_positions(position_ids: Tensor | None, start: int, T: int, padding: Tensor | None, tokens=None) -> None:
+    """Raise ValueError unless `position_ids` count the tokens of each row one by one, with its padding or without.
+
+    tokens (B, T): where there are some, for which alone this must hold; by default behind the padding (B,).
+    """
     if position_ids is None:
         return
     plain = torch.arange(start, start + T, device=position_ids.device)
     left = 0 if padding is None else padding[:, None].to(position_ids.device)
-    skipped = plain < left
-    fits = [((position_ids == counted) | skipped).all(-1) for counted in (plain, plain - left)]
-    if position_ids.shape[-1] != T or not (fits[0] | fits[1]).all():
+    ignored = plain < left if tokens is None else ~tokens.to(position_ids.device)
+    if position_ids.shape[-1] != T or not any(
+        ((position_ids == counted) | ignored).all() for counted in (plain, plain - left)
+    ):
         raise ValueError(
             f"position_ids={position_ids.tolist()}: T6 counts tokens one by one from {start}, so packed or stretched "
             "positions are refused; give each text a row of its own, and leave position_ids out"
@@ -992,7 +1000,9 @@ class _CausalLM:
         folder = local or _pulled(name, **pull)
         _checked(folder)
         result = super().from_pretrained(local or name, *args, **{"disable_mmap": True, **options})
-        _refuse_nan(result[0] if isinstance(result, tuple) else result, folder)
+        model = result[0] if isinstance(result, tuple) else result
+        _refuse_nan(model, folder)
+        _frozen(model.model, model.config.frozen)
         return result
 
     def save_pretrained(self, save_directory, **options) -> None:
@@ -1027,9 +1037,12 @@ class _CausalLM:
         if ignored := [name for name, value in others.items() if value is not None and value is not False]:
             raise ValueError(f"{', '.join(ignored)}: T6ForCausalLM does not support this; leave it out")
         self._refuse_adapters_that_would_be_passed_by()
-        (B, T), past = input_ids.shape, past_key_values
-        start = 0 if past is None else past.get_seq_length()
+        (B, T), past, cache, tokens = input_ids.shape, past_key_values, None, None
+        start = self._cached(past)
         padding, right = _ragged(attention_mask, B, start, T)
+        if attention_mask is not None:  # padding may be any token, even one beyond the vocabulary
+            tokens = attention_mask[:, start:] != 0
+            input_ids = input_ids.masked_fill(~tokens, 0)
         if use_cache is None:
             use_cache = self.config.use_cache and not (self.training or right or labels is not None)
         if past is not None or use_cache:
@@ -1037,11 +1050,7 @@ class _CausalLM:
                 raise ValueError("attention_mask with padding on the right: pad on the left, or pass use_cache=False")
             past, cache = self._cache(past, B, T, padding)
             padding = past.layers[0].padding
-        else:
-            cache = None
-        _check_positions(position_ids, start, T, padding)
-        if attention_mask is not None:  # padding may be any token, even one beyond the vocabulary
-            input_ids = input_ids.masked_fill(attention_mask[:, start:] == 0, 0)
+        _check_positions(position_ids, start, T, padding, tokens)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(self.model.hidden(input_ids, cache, padding)[:, kept])
         loss = None
@@ -1053,12 +1062,19 @@ class _CausalLM:
         output = self._output_class(loss=loss, logits=logits, past_key_values=past)
         return output.to_tuple() if return_dict is False else output
 
+    def _cached(self, past) -> int:
+        """How many positions transformers' cache holds, which must be empty or one that this model returned."""
+        if past is None:
+            return 0
+        if not (past.layers and isinstance(past.layers[0], _CacheLayer)):
+            if type(past) is not self._cache_class or past.get_seq_length() or past.offloading:
+                raise ValueError(f"{type(past).__name__}: T6 has a cache of its own; leave cache_implementation out")
+        return past.get_seq_length()
+
     def _cache(self, past, batch_size: int, T: int, padding: Tensor | None):
         """transformers' cache with layers of ours in it, and these as T6 wants them, with room for T more tokens."""
         past = self._cache_class() if past is None else past
-        if not past.layers or not isinstance(past.layers[0], _CacheLayer):
-            if type(past) is not self._cache_class or past.get_seq_length() or past.offloading:
-                raise ValueError(f"{type(past).__name__}: T6 has a cache of its own; leave cache_implementation out")
+        if not past.get_seq_length():
             past.layers = [_CacheLayer(cache, padding) for cache in self.model.new_cache(batch_size, 64)]
         for layer in past.layers:
             layer.make_room(T)
