@@ -257,7 +257,203 @@ def test_another_architecture_is_refused():
         convert.llama_to_t6(llama(), max_len=0)
 
 
+def family(name, **changes):
+    """A Mistral or a Qwen2 with random weights, biases of zero where it has some."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=67, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6)
+    sizes |= dict(num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None)
+    config = getattr(transformers, f"{name}Config")(**{**sizes, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1 or "norm" in name:
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name,changes", [("Mistral", dict(sliding_window=None)), ("Mistral", dict(sliding_window=64)), ("Qwen2", dict())]
+)
+def test_mistral_and_qwen2_convert_where_that_is_exact(name, changes):
+    theirs, tokens = family(name, **changes), torch.randint(67, (2, 60))
+    with torch.no_grad():
+        logits = theirs(tokens).logits
+        torch.testing.assert_close(convert.llama_to_t6(theirs)(tokens), logits, rtol=0, atol=1e-4)
+        options = dict(max_new_tokens=20, do_sample=False, pad_token_id=66)
+        text = theirs.generate(tokens[:, :30], **options)
+        assert torch.equal(convert.use_tpa(theirs).generate(tokens[:, :30], **options), text)
+
+
+def test_windows_and_biases_are_refused_by_name():
+    mistral, tokens = family("Mistral", sliding_window=16), torch.randint(67, (2, 16))
+    for function in (convert.llama_to_t6, convert.use_tpa):
+        with pytest.raises(ValueError, match=r"sliding_window=16: .* llama_to_t6\(model, max_len=16\)"):
+            function(mistral)
+    short = convert.llama_to_t6(mistral, max_len=16)
+    torch.testing.assert_close(short(tokens), mistral(tokens).logits, rtol=0, atol=1e-4)
+    qwen = family("Qwen2")
+    nn.init.normal_(qwen.model.layers[1].self_attn.k_proj.bias)
+    for function in (convert.llama_to_t6, convert.use_tpa):
+        with pytest.raises(ValueError, match="model.layers.1.self_attn.k_proj has a bias"):
+            function(qwen)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("place", ["q_proj", "lm_head", "bias", "norm", "embedding", "subclass"])
+def test_parts_of_ones_own_are_refused(place):
+    model = llama()
+    if place == "q_proj":
+        model.model.layers[1].self_attn.q_proj = Doubled(48, 96, bias=False)
+    elif place == "lm_head":
+        model.lm_head = nn.Sequential(model.lm_head)
+    elif place == "bias":
+        model.lm_head.bias = nn.Parameter(torch.ones(67))
+    elif place == "norm":
+        model.model.norm = nn.LayerNorm(48)
+    elif place == "embedding":
+        model.model.embed_tokens = type("Scaled", (nn.Embedding,), {})(67, 48)
+    else:
+        model.__class__ = type("OwnLlama", (type(model),), {})
+    for function in (convert.llama_to_t6, convert.use_tpa):
+        with pytest.raises(ValueError, match="has a bias" if place == "bias" else "replace other classes by plain"):
+            function(model)
+
+
+def test_adapters_are_refused_until_they_are_merged():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=2, init_lora_weights=False)
+    adapted, tokens = peft.get_peft_model(llama(), lora), torch.randint(67, (2, 30))
+    for function in (convert.llama_to_t6, convert.use_tpa):
+        for model in (adapted, adapted.base_model.model):
+            with pytest.raises(ValueError, match=r"merge_and_unload\(\)"):
+                function(model)
+    with torch.no_grad():
+        logits = adapted(tokens).logits
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(convert.llama_to_t6(merged)(tokens), logits, rtol=0, atol=1e-4)
+
+
+class NoFloat64(torch.utils._python_dispatch.TorchDispatchMode):
+    """As on MPS: no float64 on the device, for which "meta" stands."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            assert not (isinstance(x, torch.Tensor) and x.is_meta and x.dtype == torch.float64), function
+        return out
+
+
+def test_no_float64_reaches_the_device():
+    model = llama()
+    rotary = model.model.rotary_emb
+    model = model.to("meta")
+    model.model.rotary_emb = rotary.to_empty(device="cpu")
+    rotary.inv_freq = torch.rand(8)
+    with NoFloat64():
+        ours = convert.llama_to_t6(model)
+        ours(torch.zeros(1, 5, dtype=torch.long, device="meta"))
+
+
+@pytest.mark.parametrize("shape", [SHAPES[5], SHAPES[6], SHAPES[7]])
+def test_a_converted_layer_keeps_its_rotation_on_the_way_to_mha_and_back(shape):
+    ours = convert.llama_to_t6(llama(**shape).double())
+    tokens = torch.randint(67, (2, 40))
+    with torch.no_grad():
+        logits = ours(tokens)
+        for convert_layer in (convert.tpa_to_mha, convert.mha_to_tpa):
+            for block in ours.blocks:
+                block.attention = convert_layer(block.attention)
+            torch.testing.assert_close(ours(tokens), logits, rtol=0, atol=1e-9)
+
+
 # ----------------------------------------------------------------------------------- TPA inside transformers
+
+
+def test_a_fine_tuned_drop_in_is_saved_as_a_llama_and_comes_back(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, tokens = convert.use_tpa(llama()).train(), torch.randint(67, (2, 20))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(tokens, labels=tokens).loss.backward()
+    before = model.model.layers[0].self_attn.attention.factor_proj.weight.clone()
+    optimizer.step()
+    assert not torch.equal(model.model.layers[0].self_attn.attention.factor_proj.weight, before)
+    logits = model.eval()(tokens).logits
+    model.save_pretrained(tmp_path)
+    plain, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(plain(tokens).logits, logits, rtol=0, atol=1e-4)
+    assert torch.equal(convert.use_tpa(plain)(tokens).logits, logits)
+    other = convert.use_tpa(llama())
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(tokens).logits, logits)
+    model.model.layers[1].self_attn.attention.a_k.data[0, 0] += 1
+    with pytest.raises(ValueError, match="a_k was trained"):
+        model.save_pretrained(tmp_path)
+
+
+POSITIONS = [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5], list(range(0, 24, 2)), [0, 1, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10]]
+
+
+@pytest.mark.parametrize("position_ids", POSITIONS)
+def test_positions_of_ones_own_are_refused_by_the_drop_in(position_ids):
+    model, tokens = convert.use_tpa(llama()), torch.randint(1, 67, (2, 12))
+    with pytest.raises(ValueError, match="packed or stretched"):
+        model(tokens, position_ids=torch.tensor([position_ids] * 2), attention_mask=torch.ones_like(tokens))
+    with pytest.raises(ValueError, match="packed|holes"):
+        model(tokens, position_ids=torch.tensor([position_ids] * 2))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_masks_are_honoured_or_refused_by_the_drop_in(implementation):
+    model, tokens = llama(), torch.randint(1, 67, (3, 12))
+    model.set_attn_implementation(implementation)
+    masks = torch.ones(3, 12, dtype=torch.long)
+    masks[1, :5] = 0
+    right = torch.ones(3, 12, dtype=torch.long)
+    right[2, 8:] = 0
+    with torch.no_grad():
+        expected = [model(tokens, attention_mask=mask).logits[mask > 0] for mask in (masks, right)]
+        convert.use_tpa(model)
+        for mask, logits in zip((masks, right), expected):
+            torch.testing.assert_close(model(tokens, attention_mask=mask).logits[mask > 0], logits, rtol=0, atol=1e-4)
+    masks[0, 4] = 0
+    with pytest.raises(ValueError, match="holes between tokens"):
+        model(tokens, attention_mask=masks)
+    with pytest.raises(ValueError, match="holes|packed"):
+        model.generate(tokens, attention_mask=masks, max_new_tokens=2, do_sample=False)
+    packed = torch.ones(12, 12, dtype=torch.bool).tril()
+    packed[6:, :6] = False
+    with pytest.raises(ValueError, match="holes between tokens"):
+        model(tokens, attention_mask=packed.expand(3, 1, -1, -1))
+
+
+def test_flex_attention_is_refused_in_one_line():
+    model = convert.use_tpa(llama())
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="attention_mask with blocks: .*sdpa"):
+        model(torch.randint(67, (2, 12)))
+
+
+def test_a_static_cache_takes_one_rank_of_keys_and_values():
+    transformers = pytest.importorskip("transformers")
+    model, tokens = llama(num_hidden_layers=1), torch.randint(1, 67, (2, 12))
+    options = dict(max_new_tokens=3, do_sample=False)
+    for rank_v in (2, 1):
+        sizes = config(d_model=48, n_head=6, d_head=16, rank_k=2, rank_v=rank_v)
+        model.model.layers[0].self_attn = convert.LlamaSelfAttention(wake(TensorProductAttention(sizes)), 0)
+        text = model.generate(tokens, **options)
+        if rank_v == 2:
+            assert torch.equal(model.generate(tokens, cache_implementation="static", **options), text)
+        else:
+            with pytest.raises(ValueError, match="StaticCache has no room for factors of R_K=2 and R_V=1"):
+                model.generate(tokens, cache_implementation="static", **options)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=40)
+    cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))  # for LLaMA's keys and values
+    with pytest.raises(ValueError, match="no room for factors"):
+        model(tokens, past_key_values=cache)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
