@@ -1,6 +1,7 @@
 """Weights carried over compute the same: attention layers, LLaMA models, the authors' checkpoints, files and a hub."""
 
 import base64
+import contextlib
 import hashlib
 import http.server
 import json
@@ -430,11 +431,10 @@ def test_masks_are_honoured_or_refused_by_the_drop_in(implementation):
         model(tokens, attention_mask=packed.expand(3, 1, -1, -1))
 
 
-def test_flex_attention_is_refused_in_one_line():
-    model = convert.use_tpa(llama())
-    model.set_attn_implementation("flex_attention")
-    with pytest.raises(ValueError, match="attention_mask with blocks: .*sdpa"):
-        model(torch.randint(67, (2, 12)))
+def test_a_mask_that_is_no_tensor_is_refused_in_one_line():
+    layer = convert.use_tpa(llama()).model.layers[0].self_attn
+    with pytest.raises(ValueError, match="attention_mask with blocks: .*sdpa"):  # flex_attention's BlockMask
+        layer(torch.randn(2, 12, 48), attention_mask=object())
 
 
 def test_a_static_cache_takes_one_rank_of_keys_and_values():
@@ -1192,7 +1192,7 @@ class LoopbackHub(http.server.BaseHTTPRequestHandler):
     """As much of the hub's protocol as pushing and pulling one small repository takes; files are kept in memory."""
 
     protocol_version = "HTTP/1.1"
-    repository, files, commit = "someone/tiny-t6", {}, "0" * 40
+    repository, files, commit, fails = "someone/tiny-t6", {}, "0" * 40, False
 
     def log_message(self, *_):
         pass
@@ -1227,15 +1227,36 @@ class LoopbackHub(http.server.BaseHTTPRequestHandler):
         name = self.path.removeprefix(f"/{self.repository}/resolve/main/")
         if name not in self.files:
             return self.answer(status=404, X_Error_Code="EntryNotFound")
+        if self.fails and self.command == "GET" and name == "model.safetensors":  # in the middle of the file
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(self.files[name])))
+            self.end_headers()
+            self.wfile.write(self.files[name][:1000])
+            self.close_connection = True
+            return
         self.answer(self.files[name], ETag=f'"{hashlib.sha1(self.files[name]).hexdigest()}"')
 
     do_HEAD = do_GET
 
 
-def test_pushed_to_a_hub_and_pulled_from_it(tmp_path):
-    """The calls that users make, huggingface_hub's client included, in a process that takes a loopback hub for it."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), LoopbackHub)
+@contextlib.contextmanager
+def loopback_hub(folder, **changes):
+    """The environment of a process that takes a loopback server for the hub and `folder` for its cache."""
+    hub = type("Hub", (LoopbackHub,), {"files": {}, **changes})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    own = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(folder), HF_TOKEN="hf_loopback")
+    own |= dict(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1")
+    try:
+        yield hub, dict(os.environ, **own)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_pushed_to_a_hub_and_pulled_from_it(tmp_path):
+    """The calls that users make, huggingface_hub's client included."""
+    pytest.importorskip("transformers")
     program = """
 import torch
 from tpa_minimal import variants, huggingface as convert
@@ -1246,23 +1267,37 @@ print(convert.push_to_hub(model, "someone/tiny-t6"))
 again = convert.from_pretrained("someone/tiny-t6")
 tokens = torch.arange(20)[None]
 assert torch.equal(again(tokens), model(tokens)) and again.config == config
+from transformers import AutoModelForCausalLM
+theirs = AutoModelForCausalLM.from_pretrained("someone/tiny-t6")
+assert torch.equal(theirs(tokens).logits, model(tokens)) and theirs.name_or_path == "someone/tiny-t6"
 """
-    environment = dict(
-        os.environ,
-        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
-        HF_HOME=str(tmp_path),
-        HF_TOKEN="hf_loopback",
-        HF_HUB_OFFLINE="0",
-        HF_HUB_DISABLE_XET="1",
-        NO_PROXY="127.0.0.1",
-    )
-    try:
+    with loopback_hub(tmp_path) as (hub, environment):
         done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300
         )
-    finally:
-        server.shutdown()
-        server.server_close()
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith(f"/someone/tiny-t6/commit/{'0' * 40}")
-    assert sorted(LoopbackHub.files) == ["config.json", "model.safetensors"]
+    assert sorted(hub.files) == ["config.json", "model.safetensors"]
+
+
+def test_a_hub_that_fails_in_the_middle_of_a_pull_is_one_line_and_leaves_nothing_half(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    convert.save_pretrained(T6(config()), tmp_path / "saved")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    program = """
+from tpa_minimal import huggingface as convert
+try:
+    print(convert.from_pretrained("someone/tiny-t6").num_parameters())
+except OSError as error:
+    print(type(error).__name__, error)
+"""
+    printed = []
+    with loopback_hub(tmp_path / "cache", files=files, fails=True) as (hub, environment):
+        for hub.fails in (True, False):
+            done = subprocess.run(
+                [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, done.stderr
+            printed.append(done.stdout)
+    assert printed[0].startswith("OSError someone/tiny-t6: no folder here, and could not be pulled from the hub (")
+    assert printed[0].count("\n") == 1 and printed[1] == f"{T6(config()).num_parameters()}\n"
