@@ -6,8 +6,10 @@
     use_tpa(model)                                           TPA as `self_attn` of a Hugging Face LLaMA
     authors_t6_state_dict(state, config)  t6_to_authors_state_dict(state, config)
     save_pretrained(model, folder)  from_pretrained(name)  push_to_hub(model, repo_id)
+    T6ForCausalLM(t6)                                        T6 as a transformers model: generate, Trainer, PEFT
 
-`transformers` is imported by nothing here: the functions that have to do with it take its models as arguments.
+`import tpa_minimal.huggingface` makes transformers' AutoConfig and AutoModelForCausalLM open what `save_pretrained`
+wrote. It does not import transformers, which takes seconds: T6ForCausalLM and T6PretrainedConfig do, at first use.
 """
 
 import contextlib
