@@ -1,6 +1,7 @@
 """Weights carried over compute the same: attention layers, LLaMA models, the authors' checkpoints, files and a hub."""
 
 import base64
+import contextlib
 import hashlib
 import http.server
 import json
@@ -228,8 +229,8 @@ def test_a_llama_that_is_exact_in_float64_is_matched_exactly(monkeypatch):
 @pytest.mark.parametrize(
     "changes,message",
     [
-        (dict(attention_bias=True), "attention_bias=True.*no biases"),
-        (dict(mlp_bias=True), "mlp_bias=True.*no biases"),
+        (dict(attention_bias=True), "q_proj has a bias.*no biases"),
+        (dict(mlp_bias=True), "mlp.gate_proj has a bias.*no biases"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'.*SwiGLU"),
         (
             dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
@@ -246,9 +247,9 @@ def test_a_llama_that_cannot_be_carried_over_is_refused(changes, message):
 def test_another_architecture_is_refused():
     transformers = pytest.importorskip("transformers")
     sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    mistral = transformers.MistralForCausalLM(transformers.MistralConfig(num_key_value_heads=1, **sizes))
-    with pytest.raises(ValueError, match="model_type='mistral'"):
-        convert.llama_to_t6(mistral)
+    gemma = transformers.GemmaForCausalLM(transformers.GemmaConfig(num_key_value_heads=1, head_dim=4, **sizes))
+    with pytest.raises(ValueError, match="model_type='gemma': only llama, mistral, qwen2"):
+        convert.llama_to_t6(gemma)
     for other in (T6(config()), llama().model, nn.Linear(2, 2)):
         for function in (convert.llama_to_t6, convert.use_tpa):
             with pytest.raises(TypeError, match=f"{type(other).__name__}: needed is a transformers.LlamaForCausalLM"):
@@ -257,7 +258,202 @@ def test_another_architecture_is_refused():
         convert.llama_to_t6(llama(), max_len=0)
 
 
+def family(name, **changes):
+    """A Mistral or a Qwen2 with random weights, biases of zero where it has some."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=67, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6)
+    sizes |= dict(num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None)
+    config = getattr(transformers, f"{name}Config")(**{**sizes, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1 or "norm" in name:
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name,changes", [("Mistral", dict(sliding_window=None)), ("Mistral", dict(sliding_window=64)), ("Qwen2", dict())]
+)
+def test_mistral_and_qwen2_convert_where_that_is_exact(name, changes):
+    theirs, tokens = family(name, **changes), torch.randint(67, (2, 60))
+    with torch.no_grad():
+        logits = theirs(tokens).logits
+        torch.testing.assert_close(convert.llama_to_t6(theirs)(tokens), logits, rtol=0, atol=1e-4)
+        options = dict(max_new_tokens=20, do_sample=False, pad_token_id=66)
+        text = theirs.generate(tokens[:, :30], **options)
+        assert torch.equal(convert.use_tpa(theirs).generate(tokens[:, :30], **options), text)
+
+
+def test_windows_and_biases_are_refused_by_name():
+    mistral, tokens = family("Mistral", sliding_window=16), torch.randint(67, (2, 16))
+    for function in (convert.llama_to_t6, convert.use_tpa):
+        with pytest.raises(ValueError, match=r"sliding_window=16: .* llama_to_t6\(model, max_len=16\)"):
+            function(mistral)
+    short = convert.llama_to_t6(mistral, max_len=16)
+    torch.testing.assert_close(short(tokens), mistral(tokens).logits, rtol=0, atol=1e-4)
+    qwen = family("Qwen2")
+    nn.init.normal_(qwen.model.layers[1].self_attn.k_proj.bias)
+    for function in (convert.llama_to_t6, convert.use_tpa):
+        with pytest.raises(ValueError, match="model.layers.1.self_attn.k_proj has a bias"):
+            function(qwen)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("place", ["q_proj", "lm_head", "bias", "norm", "embedding", "subclass"])
+def test_parts_of_ones_own_are_refused(place):
+    model = llama()
+    if place == "q_proj":
+        model.model.layers[1].self_attn.q_proj = Doubled(48, 96, bias=False)
+    elif place == "lm_head":
+        model.lm_head = nn.Sequential(model.lm_head)
+    elif place == "bias":
+        model.lm_head.bias = nn.Parameter(torch.ones(67))
+    elif place == "norm":
+        model.model.norm = nn.LayerNorm(48)
+    elif place == "embedding":
+        model.model.embed_tokens = type("Scaled", (nn.Embedding,), {})(67, 48)
+    else:
+        model.__class__ = type("OwnLlama", (type(model),), {})
+    for function in (convert.llama_to_t6, convert.use_tpa):
+        with pytest.raises(ValueError, match="has a bias" if place == "bias" else "replace other classes by plain"):
+            function(model)
+
+
+def test_adapters_are_refused_until_they_are_merged():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=2, init_lora_weights=False)
+    adapted, tokens = peft.get_peft_model(llama(), lora), torch.randint(67, (2, 30))
+    for function in (convert.llama_to_t6, convert.use_tpa):
+        for model in (adapted, adapted.base_model.model):
+            with pytest.raises(ValueError, match=r"merge_and_unload\(\)"):
+                function(model)
+    with torch.no_grad():
+        logits = adapted(tokens).logits
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(convert.llama_to_t6(merged)(tokens), logits, rtol=0, atol=1e-4)
+
+
+class NoFloat64(torch.utils._python_dispatch.TorchDispatchMode):
+    """As on MPS: no float64 on the device, for which "meta" stands."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            assert not (isinstance(x, torch.Tensor) and x.is_meta and x.dtype == torch.float64), function
+        return out
+
+
+def test_no_float64_reaches_the_device():
+    model = llama()
+    rotary = model.model.rotary_emb
+    model = model.to("meta")
+    model.model.rotary_emb = rotary.to_empty(device="cpu")
+    rotary.inv_freq = torch.rand(8)
+    with NoFloat64():
+        ours = convert.llama_to_t6(model)
+        ours(torch.zeros(1, 5, dtype=torch.long, device="meta"))
+
+
+@pytest.mark.parametrize("shape", [SHAPES[5], SHAPES[6], SHAPES[7]])
+def test_a_converted_layer_keeps_its_rotation_on_the_way_to_mha_and_back(shape):
+    ours = convert.llama_to_t6(llama(**shape).double())
+    tokens = torch.randint(67, (2, 40))
+    with torch.no_grad():
+        logits = ours(tokens)
+        for convert_layer in (convert.tpa_to_mha, convert.mha_to_tpa):
+            for block in ours.blocks:
+                block.attention = convert_layer(block.attention)
+            torch.testing.assert_close(ours(tokens), logits, rtol=0, atol=1e-9)
+
+
 # ----------------------------------------------------------------------------------- TPA inside transformers
+
+
+def test_a_fine_tuned_drop_in_is_saved_as_a_llama_and_comes_back(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, tokens = convert.use_tpa(llama()).train(), torch.randint(67, (2, 20))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(tokens, labels=tokens).loss.backward()
+    before = model.model.layers[0].self_attn.attention.factor_proj.weight.clone()
+    optimizer.step()
+    assert not torch.equal(model.model.layers[0].self_attn.attention.factor_proj.weight, before)
+    logits = model.eval()(tokens).logits
+    model.save_pretrained(tmp_path)
+    plain, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(plain(tokens).logits, logits, rtol=0, atol=1e-4)
+    assert torch.equal(convert.use_tpa(plain)(tokens).logits, logits)
+    other = convert.use_tpa(llama())
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(tokens).logits, logits)
+    model.model.layers[1].self_attn.attention.a_k.data[0, 0] += 1
+    with pytest.raises(ValueError, match="a_k was trained"):
+        model.save_pretrained(tmp_path)
+
+
+POSITIONS = [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5], list(range(0, 24, 2)), [0, 1, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10]]
+
+
+@pytest.mark.parametrize("position_ids", POSITIONS)
+def test_positions_of_ones_own_are_refused_by_the_drop_in(position_ids):
+    model, tokens = convert.use_tpa(llama()), torch.randint(1, 67, (2, 12))
+    with pytest.raises(ValueError, match="packed or stretched"):
+        model(tokens, position_ids=torch.tensor([position_ids] * 2), attention_mask=torch.ones_like(tokens))
+    with pytest.raises(ValueError, match="packed|holes"):
+        model(tokens, position_ids=torch.tensor([position_ids] * 2))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_masks_are_honoured_or_refused_by_the_drop_in(implementation):
+    model, tokens = llama(), torch.randint(1, 67, (3, 12))
+    model.set_attn_implementation(implementation)
+    masks = torch.ones(3, 12, dtype=torch.long)
+    masks[1, :5] = 0
+    right = torch.ones(3, 12, dtype=torch.long)
+    right[2, 8:] = 0
+    with torch.no_grad():
+        expected = [model(tokens, attention_mask=mask).logits[mask > 0] for mask in (masks, right)]
+        convert.use_tpa(model)
+        for mask, logits in zip((masks, right), expected):
+            torch.testing.assert_close(model(tokens, attention_mask=mask).logits[mask > 0], logits, rtol=0, atol=1e-4)
+    masks[0, 4] = 0
+    with pytest.raises(ValueError, match="holes between tokens"):
+        model(tokens, attention_mask=masks)
+    with pytest.raises(ValueError, match="holes|packed"):
+        model.generate(tokens, attention_mask=masks, max_new_tokens=2, do_sample=False)
+    packed = torch.ones(12, 12, dtype=torch.bool).tril()
+    packed[6:, :6] = False
+    with pytest.raises(ValueError, match="holes between tokens"):
+        model(tokens, attention_mask=packed.expand(3, 1, -1, -1))
+
+
+def test_a_mask_that_is_no_tensor_is_refused_in_one_line():
+    layer = convert.use_tpa(llama()).model.layers[0].self_attn
+    with pytest.raises(ValueError, match="attention_mask with blocks: .*sdpa"):  # flex_attention's BlockMask
+        layer(torch.randn(2, 12, 48), attention_mask=object())
+
+
+def test_a_static_cache_takes_one_rank_of_keys_and_values():
+    transformers = pytest.importorskip("transformers")
+    model, tokens = llama(num_hidden_layers=1), torch.randint(1, 67, (2, 12))
+    options = dict(max_new_tokens=3, do_sample=False)
+    for rank_v in (2, 1):
+        sizes = config(d_model=48, n_head=6, d_head=16, rank_k=2, rank_v=rank_v)
+        model.model.layers[0].self_attn = convert.LlamaSelfAttention(wake(TensorProductAttention(sizes)), 0)
+        text = model.generate(tokens, **options)
+        if rank_v == 2:
+            assert torch.equal(model.generate(tokens, cache_implementation="static", **options), text)
+        else:
+            with pytest.raises(ValueError, match="StaticCache has no room for factors of R_K=2 and R_V=1"):
+                model.generate(tokens, cache_implementation="static", **options)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=40)
+    cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))  # for LLaMA's keys and values
+    with pytest.raises(ValueError, match="no room for factors"):
+        model(tokens, past_key_values=cache)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
@@ -585,13 +781,14 @@ def test_converted_and_reduced_llamas_are_saved_and_loaded(tmp_path):
 
 
 def test_a_llama_with_a_norm_or_rope_of_ones_own_is_refused(tmp_path):
-    for change in ("rope", "norm", "eps"):
+    for change in ("rope", "norm", "block's norm"):
         ours = convert.llama_to_t6(llama())
         if change == "rope":
-            ours.blocks[1].attention.rope = torch.tanh
+            ours.blocks[1].attention.rope = ours.blocks[1].attention.rope._replace(rope_scale=2.0)
+        elif change == "norm":
+            ours.norm = convert.LlamaNorm(0.5, True)
         else:
-            eps = 0.5 if change == "eps" else ours.llama["norm_eps"]
-            ours.norm = partial(convert.llama_norm if change == "eps" else torch.tanh, eps=eps, in_float32=True)
+            ours.blocks[1].norm = convert.LlamaNorm(0.5, True)
         with pytest.raises(ValueError, match="of its own"):
             convert.save_pretrained(ours, tmp_path)
 
@@ -604,7 +801,7 @@ def test_a_model_converted_block_by_block_is_saved_with_its_layers_ranks(tmp_pat
         again = convert.from_pretrained(tmp_path)
         assert torch.equal(again(tokens), some(tokens)) and again.config.rank_q == 6
     model.blocks[0].attention = some.blocks[0].attention
-    with pytest.raises(ValueError, match="different kinds or ranks"):
+    with pytest.raises(ValueError, match="layer 1 has .* of its own"):
         convert.save_pretrained(model, tmp_path)
 
 
@@ -632,7 +829,7 @@ def test_what_cannot_be_described_or_read_is_refused(tmp_path):
     assert not (tmp_path / "none").exists()
     mixed = T6(config())
     mixed.blocks[0].attention = variants.KeyValueOnly(config())
-    with pytest.raises(ValueError, match="different kinds"):
+    with pytest.raises(ValueError, match="layer 1 has .* of its own"):
         convert.save_pretrained(mixed, tmp_path)
     outer = T6(config())
     outer.norm = torch.tanh
@@ -650,7 +847,7 @@ def test_what_cannot_be_described_or_read_is_refused(tmp_path):
     weights = (tmp_path / "model.safetensors").read_bytes()
     for damaged in (b"", weights[:100], b"x" * 100):
         (tmp_path / "model.safetensors").write_bytes(damaged)
-        with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        with pytest.raises(ValueError, match="model.safetensors: is damaged"):
             convert.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(weights)
     good = json.loads((tmp_path / "config.json").read_text())
@@ -663,21 +860,339 @@ def test_what_cannot_be_described_or_read_is_refused(tmp_path):
     refuse("model_type='llama'.*llama_to_t6", model_type="llama")
     refuse("does not know", attention={"name": "os.system"})
     refuse("does not know", attention={"name": "KeyValueOnly", "d_b": 2})
-    refuse("colour.*does not know", config={**good["config"], "colour": 1})
-    refuse("not as config.json describes", config={**good["config"], "n_head": 3})
-    refuse("config.json: .*d_head=7", config={**good["config"], "d_head": 7})
-    refuse("config.json is damaged", config={name: good["config"][name] for name in ("vocab_size", "n_layer")})
+    refuse("colour.*does not know", sizes={**good["sizes"], "colour": 1})
+    refuse("n_head · d_head is not as config.json describes", sizes={**good["sizes"], "n_head": 3})
+    refuse("config.json: .*rank_q=0", sizes={**good["sizes"], "rank_q": 0})
+    refuse("config.json: is damaged", sizes={name: good["sizes"][name] for name in ("vocab_size", "n_layer")})
     for damaged in ("{}", "", json.dumps(good)[:-20]):
         (tmp_path / "config.json").write_text(damaged)
         with pytest.raises(ValueError, match="config.json|model_type"):
             convert.from_pretrained(tmp_path)
 
 
+# ------------------------------------------------------------------------------------- T6 inside transformers
+
+WRAPPED = [
+    TensorProductAttention,
+    variants.SharedFeatureFactors,
+    MultiHeadAttention,
+    partial(MultiHeadAttention, n_kv_head=2),
+    partial(MultiHeadLatentAttention, d_c=10, d_rope=4),
+]
+GREEDY = dict(do_sample=False, max_new_tokens=20, pad_token_id=30)
+
+
+def wrapped(attention=TensorProductAttention, **changes):
+    pytest.importorskip("transformers")
+    from tpa_minimal.huggingface import T6ForCausalLM
+
+    return T6ForCausalLM(wake(T6(config(**changes), attention=attention))).eval()
+
+
+def ragged(lengths=(3, 11, 7)):
+    """Prompts of these lengths, the same left-padded by token 30, and the mask."""
+    prompts = [torch.randint(30, (1, n)) for n in lengths]
+    padded, mask = (
+        torch.full((len(prompts), max(lengths)), 30),
+        torch.zeros(len(prompts), max(lengths), dtype=torch.long),
+    )
+    for i, prompt in enumerate(prompts):
+        padded[i, -prompt.shape[1] :] = prompt
+        mask[i, -prompt.shape[1] :] = 1
+    return prompts, padded, mask
+
+
+@pytest.mark.parametrize("attention", WRAPPED)
+def test_a_left_padded_batch_generates_what_each_prompt_does_alone(attention):
+    model = wrapped(attention)
+    prompts, padded, mask = ragged()
+    together = model.generate(padded, attention_mask=mask, **GREEDY)
+    for prompt, row in zip(prompts, together):
+        assert torch.equal(row[-20:], model.model.generate(prompt, 20, temperature=0)[0, -20:])
+    beams = model.generate(padded, attention_mask=mask, num_beams=3, **GREEDY)
+    for prompt, row in zip(prompts, beams):
+        alone = model.generate(prompt, num_beams=3, use_cache=False, **GREEDY)
+        assert torch.equal(row[-20:], alone[0, -20:])
+
+
+def test_the_wrapper_is_the_model_logits_loss_and_gradient():
+    model = wrapped().double()
+    tokens = torch.randint(31, (2, 12))
+    plain = model.model(tokens)
+    output = model(tokens, labels=tokens)
+    assert torch.equal(output.logits, plain)
+    expected = nn.functional.cross_entropy(plain[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected.to(output.loss.dtype))
+    output.loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    first = model(tokens[:, :5])
+    rest = model(tokens[:, 5:], past_key_values=first.past_key_values, logits_to_keep=2).logits
+    torch.testing.assert_close(rest, plain[:, -2:], rtol=0, atol=1e-10)
+
+
+def test_padding_changes_neither_logits_nor_loss():
+    model = wrapped().double()
+    tokens = torch.randint(31, (1, 8))
+    alone = model(tokens, labels=tokens)
+    for left, right in ((4, 0), (0, 4), (3, 2)):
+        padded = nn.functional.pad(tokens, (left, right), value=50257)  # beyond the vocabulary, as added tokens are
+        mask = nn.functional.pad(torch.ones_like(tokens), (left, right))
+        labels = nn.functional.pad(tokens, (left, right), value=-100)
+        output = model(padded, attention_mask=mask, labels=labels)
+        torch.testing.assert_close(output.logits[:, left : left + 8], alone.logits, rtol=0, atol=1e-10)
+        torch.testing.assert_close(output.loss, alone.loss)
+        counted = (mask.cumsum(-1) - 1).clamp(min=0)
+        for position_ids in (counted, torch.arange(8 + left + right)[None]):
+            again = model(padded, attention_mask=mask, position_ids=position_ids)
+            assert torch.equal(again.logits, output.logits)
+
+
+def test_padding_is_remembered_where_a_later_call_brings_no_mask():
+    model = wrapped().double()
+    prompts, padded, mask = ragged()
+    past = model(padded, attention_mask=mask).past_key_values
+    new = torch.randint(30, (3, 4))
+    logits = model(new, past_key_values=past).logits
+    for i, prompt in enumerate(prompts):
+        alone = model.model(torch.cat((prompt, new[i : i + 1]), 1))[:, -4:]
+        torch.testing.assert_close(logits[i : i + 1], alone, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "given,message",
+    [
+        (dict(attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1]])), "with a hole"),
+        (dict(attention_mask=torch.tensor([[0, 1, 0, 1, 1, 1]])), "with a hole"),
+        (dict(attention_mask=torch.zeros(1, 6)), "row without tokens"),
+        (dict(attention_mask=torch.ones(1, 1, 6, 6)), r"attention_mask of shape \(1, 1, 6, 6\): needed is \(1, 6\)"),
+        (dict(attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]), use_cache=True), "padding on the right"),
+        (dict(position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])), "packed or stretched"),
+        (dict(position_ids=torch.tensor([[0, 2, 4, 6, 8, 10]])), "packed or stretched"),
+        (dict(position_ids=torch.tensor([[5, 6, 7, 8, 9, 10]])), "packed or stretched"),
+        (dict(inputs_embeds=torch.zeros(1, 6, 24)), "inputs_embeds: T6ForCausalLM does not support"),
+        (dict(output_attentions=True), "output_attentions: T6ForCausalLM does not support"),
+    ],
+)
+def test_what_t6_cannot_honour_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        wrapped()(torch.randint(31, (1, 6)), **given)
+
+
+def test_another_cache_is_refused():
+    with pytest.raises(ValueError, match="StaticCache: T6 has a cache of its own"):
+        wrapped().generate(torch.randint(30, (1, 6)), cache_implementation="static", **GREEDY)
+
+
+def test_sampling_end_of_text_and_assistants():
+    model = wrapped()
+    prompt = torch.randint(30, (1, 6))
+    plain = model.model.generate(prompt, 20, temperature=0)
+    drafting = wrapped(n_layer=1)
+    assert torch.equal(model.generate(prompt, assistant_model=drafting, **GREEDY), plain)
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **GREEDY), plain)
+    assert torch.equal(model.generate(prompt, do_sample=True, top_p=1e-6, max_new_tokens=20, pad_token_id=30), plain)
+    end = plain[0, 9].item()
+    stop = 6 + plain[0, 6:].tolist().index(end)
+    assert torch.equal(model.generate(prompt, eos_token_id=end, **GREEDY), plain[:, : stop + 1])
+    torch.manual_seed(0)
+    drawn = model.generate(prompt, do_sample=True, top_k=5, temperature=0.7, max_new_tokens=20, pad_token_id=30)
+    assert torch.equal(
+        drawn, model.model.generate(prompt, 20, top_k=5, temperature=0.7, generator=torch.manual_seed(0))
+    )
+    long = model.generate(prompt, num_return_sequences=2, do_sample=True, max_new_tokens=90, pad_token_id=30)
+    assert long.shape == (2, 96)  # the cache grew
+
+
+@pytest.mark.parametrize("attention", KINDS)
+def test_automodel_opens_what_we_saved_and_we_what_it_saves(attention, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = wake(T6(config(), attention=attention)).bfloat16()
+    convert.save_pretrained(model, tmp_path, tokenizer="gpt2")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.randint(31, (2, 9))
+    assert torch.equal(theirs(tokens).logits, model(tokens)) and theirs.dtype == torch.bfloat16
+    assert theirs.config.tokenizer == "gpt2" and theirs.config.vocab_size == 31
+    theirs.save_pretrained(tmp_path / "again")
+    assert not list((tmp_path / "again").glob(".*"))
+    assert torch.equal(convert.from_pretrained(tmp_path / "again")(tokens), model(tokens))
+    wide = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert wide.dtype == torch.float32 and wide.config.tokenizer == "gpt2"
+
+
+def test_a_runs_folder_and_a_converted_llama_open_too(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokens = torch.randint(1, 31, (1, 9))
+    models = {step: wake(T6(config())) for step in (20, 100, 3)}
+    for step, model in models.items():
+        convert.save_pretrained(model, tmp_path / f"checkpoint-{step:08d}")
+    (tmp_path / "checkpoint-00000900").mkdir()  # killed before anything was in it
+    (tmp_path / "checkpoint-notes").mkdir()
+    assert torch.equal(convert.from_pretrained(tmp_path)(tokens), models[100](tokens))
+    (tmp_path / "config.json").write_text((tmp_path / "checkpoint-00000100" / "config.json").read_text())
+    assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, models[100](tokens))
+    ours = convert.llama_to_t6(llama(**SHAPES[5]))
+    convert.save_pretrained(ours, tmp_path / "llama")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    assert torch.equal(theirs(tokens).logits, ours(tokens))
+    assert [p.requires_grad for p in theirs.model.parameters()] == [p.requires_grad for p in ours.parameters()]
+    run = dict(max_new_tokens=9, do_sample=False)
+    assert torch.equal(theirs.generate(tokens, **run), ours.generate(tokens, 9, temperature=0))
+
+
+def test_an_interrupted_save_by_transformers_leaves_the_earlier_one(tmp_path, monkeypatch):
+    wrapped().save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    import transformers.modeling_utils
+
+    def fail(state, path, **_):
+        open(path, "wb").write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        wrapped(d_model=32).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_loaded_weights_are_not_the_file(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, tokens = wake(T6(config())), torch.randint(31, (1, 9))
+    convert.save_pretrained(model, tmp_path)
+    again, theirs = convert.from_pretrained(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with open(tmp_path / "model.safetensors", "r+b") as file:
+        file.seek(-4000, os.SEEK_END)
+        file.write(b"\0" * 4000)
+        file.flush()
+        assert torch.equal(again(tokens), model(tokens)) and torch.equal(theirs(tokens).logits, model(tokens))
+    os.truncate(tmp_path / "model.safetensors", 100)
+    assert torch.equal(again(tokens), model(tokens)) and torch.equal(theirs(tokens).logits, model(tokens))
+
+
+CRAFTED = [
+    (dict(n_layer=10**9), "n_layer is not as config.json describes it: 1000000000, but 2"),
+    (dict(d_ff=10**7), "d_ff is not as config.json"),
+    (dict(vocab_size=10**12), "vocab_size, d_model is not as config.json"),
+    (dict(rank_k=10**15), "describes model.blocks.0.attention.factor_proj.weight|damaged"),
+    (dict(n_layer="2"), "n_layer is not as"),
+    (dict(rope_base="x"), "config.json: is damaged"),
+    (dict(max_len=-1), "max_len=-1"),
+]
+
+
+@pytest.mark.parametrize("changes,message", CRAFTED)
+def test_a_crafted_config_is_refused_before_anything_is_built(changes, message, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    convert.save_pretrained(T6(config()), tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    found["sizes"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    for read in (convert.from_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path)
+
+
+def test_weights_of_another_kind_are_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+
+    convert.save_pretrained(T6(config()), tmp_path)
+    good = load_file(tmp_path / "model.safetensors")
+    name = "model.blocks.1.mlp.up_proj.weight"
+    nan = good[name].clone()
+    nan[3, 5] = torch.nan
+    for weight, message in ((good[name].long(), "is I64"), (good[name][:5].clone(), "describes"), (nan, "holds NaN")):
+        save_file({**good, name: weight}, tmp_path / "model.safetensors")
+        for read in (convert.from_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
+            with pytest.raises(ValueError, match=message):
+                read(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="config.json: is not JSON"):
+        convert.from_pretrained(tmp_path)
+
+
+def test_trainer_trains_saves_and_resumes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    data = [{"input_ids": t, "labels": t} for t in torch.randint(31, (16, 12))]
+    options = dict(output_dir=tmp_path, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True)
+    options |= dict(save_steps=2, learning_rate=1e-2, logging_strategy="no", save_only_model=False)
+    model = wrapped()
+    before = model(data[0]["input_ids"][None], labels=data[0]["labels"][None]).loss
+    arguments = transformers.TrainingArguments(max_steps=4, **options)
+    transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data).train()
+    after = model.eval()(data[0]["input_ids"][None], labels=data[0]["labels"][None]).loss
+    assert after < before
+    last = convert.from_pretrained(tmp_path)
+    assert torch.equal(last(data[0]["input_ids"][None]), model(data[0]["input_ids"][None]).logits)
+    other = wrapped()
+    trainer = transformers.Trainer(other, arguments, train_dataset=data)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert torch.equal(other.eval()(data[0]["input_ids"][None]).logits, model(data[0]["input_ids"][None]).logits)
+
+
+def test_an_adapter_is_trained_saved_and_loaded(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = wrapped(partial(MultiHeadLatentAttention, d_c=10, d_rope=4))
+    tokens, base = torch.randint(31, (2, 9)), convert.copy.deepcopy(model)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_up", "out_proj"], r=2)
+    adapted = peft.get_peft_model(model, lora)
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=10.0)
+    for _ in range(3):
+        adapted(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    logits = adapted.eval()(input_ids=tokens).logits
+    assert not torch.allclose(logits, base(tokens).logits, atol=1e-3)
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(convert.copy.deepcopy(base), tmp_path)
+    assert torch.equal(again(input_ids=tokens).logits, logits)
+    text = again.generate(input_ids=tokens, **GREEDY)
+    merged = again.merge_and_unload()
+    assert torch.equal(merged.generate(tokens, **GREEDY), text)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["k_up"], r=2)
+    with pytest.raises(ValueError, match="k_up is a Linear: .* target_modules"):
+        peft.get_peft_model(base, lora)(input_ids=tokens)
+    with pytest.raises(ValueError, match="merge or remove adapters|which config.json cannot|does not describe"):
+        base.save_pretrained(tmp_path / "whole")
+
+
+def test_more_tokens_are_added():
+    model = wrapped()
+    model.resize_token_embeddings(40, mean_resizing=False)
+    assert (
+        model(torch.tensor([[39, 1]])).logits.shape[-1] == 40
+        and convert.describe(model.model)["sizes"]["vocab_size"] == 40
+    )
+
+
+def test_importing_imports_no_transformers_and_registers_all_the_same(tmp_path):
+    pytest.importorskip("transformers")
+    convert.save_pretrained(wake(T6(config())), tmp_path)
+    program = """
+import sys, tpa_minimal.huggingface as convert
+convert.from_pretrained(sys.argv[1])
+assert not {"transformers", "peft", "huggingface_hub"} & sys.modules.keys()
+from transformers import AutoConfig
+assert AutoConfig.from_pretrained(sys.argv[1]).hidden_size == 24
+from transformers import AutoModelForCausalLM
+assert type(AutoModelForCausalLM.from_pretrained(sys.argv[1])) is convert.T6ForCausalLM
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=300)
+
+
+def test_transformers_4_is_refused_by_name(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    for function in (lambda: convert.T6ForCausalLM, lambda: convert.llama_to_t6(llama())):
+        monkeypatch.delitem(vars(convert), "T6ForCausalLM", raising=False)
+        with pytest.raises(ImportError, match="transformers 4.57.1: needed is 5 or newer"):
+            function()
+
+
 class LoopbackHub(http.server.BaseHTTPRequestHandler):
     """As much of the hub's protocol as pushing and pulling one small repository takes; files are kept in memory."""
 
     protocol_version = "HTTP/1.1"
-    repository, files, commit = "someone/tiny-t6", {}, "0" * 40
+    repository, files, commit, fails = "someone/tiny-t6", {}, "0" * 40, False
 
     def log_message(self, *_):
         pass
@@ -712,15 +1227,36 @@ class LoopbackHub(http.server.BaseHTTPRequestHandler):
         name = self.path.removeprefix(f"/{self.repository}/resolve/main/")
         if name not in self.files:
             return self.answer(status=404, X_Error_Code="EntryNotFound")
+        if self.fails and self.command == "GET" and name == "model.safetensors":  # in the middle of the file
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(self.files[name])))
+            self.end_headers()
+            self.wfile.write(self.files[name][:1000])
+            self.close_connection = True
+            return
         self.answer(self.files[name], ETag=f'"{hashlib.sha1(self.files[name]).hexdigest()}"')
 
     do_HEAD = do_GET
 
 
-def test_pushed_to_a_hub_and_pulled_from_it(tmp_path):
-    """The calls that users make, huggingface_hub's client included, in a process that takes a loopback hub for it."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), LoopbackHub)
+@contextlib.contextmanager
+def loopback_hub(folder, **changes):
+    """The environment of a process that takes a loopback server for the hub and `folder` for its cache."""
+    hub = type("Hub", (LoopbackHub,), {"files": {}, **changes})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    own = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(folder), HF_TOKEN="hf_loopback")
+    own |= dict(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1")
+    try:
+        yield hub, dict(os.environ, **own)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_pushed_to_a_hub_and_pulled_from_it(tmp_path):
+    """The calls that users make, huggingface_hub's client included."""
+    pytest.importorskip("transformers")
     program = """
 import torch
 from tpa_minimal import variants, huggingface as convert
@@ -731,23 +1267,37 @@ print(convert.push_to_hub(model, "someone/tiny-t6"))
 again = convert.from_pretrained("someone/tiny-t6")
 tokens = torch.arange(20)[None]
 assert torch.equal(again(tokens), model(tokens)) and again.config == config
+from transformers import AutoModelForCausalLM
+theirs = AutoModelForCausalLM.from_pretrained("someone/tiny-t6")
+assert torch.equal(theirs(tokens).logits, model(tokens)) and theirs.name_or_path == "someone/tiny-t6"
 """
-    environment = dict(
-        os.environ,
-        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
-        HF_HOME=str(tmp_path),
-        HF_TOKEN="hf_loopback",
-        HF_HUB_OFFLINE="0",
-        HF_HUB_DISABLE_XET="1",
-        NO_PROXY="127.0.0.1",
-    )
-    try:
+    with loopback_hub(tmp_path) as (hub, environment):
         done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300
         )
-    finally:
-        server.shutdown()
-        server.server_close()
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith(f"/someone/tiny-t6/commit/{'0' * 40}")
-    assert sorted(LoopbackHub.files) == ["config.json", "model.safetensors"]
+    assert sorted(hub.files) == ["config.json", "model.safetensors"]
+
+
+def test_a_hub_that_fails_in_the_middle_of_a_pull_is_one_line_and_leaves_nothing_half(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    convert.save_pretrained(T6(config()), tmp_path / "saved")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    program = """
+from tpa_minimal import huggingface as convert
+try:
+    print(convert.from_pretrained("someone/tiny-t6").num_parameters())
+except OSError as error:
+    print(type(error).__name__, error)
+"""
+    printed = []
+    with loopback_hub(tmp_path / "cache", files=files, fails=True) as (hub, environment):
+        for hub.fails in (True, False):
+            done = subprocess.run(
+                [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, done.stderr
+            printed.append(done.stdout)
+    assert printed[0].startswith("OSError someone/tiny-t6: no folder here, and could not be pulled from the hub (")
+    assert printed[0].count("\n") == 1 and printed[1] == f"{T6(config()).num_parameters()}\n"

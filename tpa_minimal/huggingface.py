@@ -6,14 +6,20 @@
     use_tpa(model)                                           TPA as `self_attn` of a Hugging Face LLaMA
     authors_t6_state_dict(state, config)  t6_to_authors_state_dict(state, config)
     save_pretrained(model, folder)  from_pretrained(name)  push_to_hub(model, repo_id)
+    T6ForCausalLM(t6)                                        T6 as a transformers model: generate, Trainer, PEFT
 
-`transformers` is imported by nothing here: the functions that have to do with it take its models as arguments.
+`import tpa_minimal.huggingface` makes transformers' AutoConfig and AutoModelForCausalLM open what `save_pretrained`
+wrote. It does not import transformers, which takes seconds: T6ForCausalLM and T6PretrainedConfig do, at first use.
 """
 
+import contextlib
 import copy
+import importlib.abc
+import importlib.util
 import json
 import os
 import re
+import sys
 import tempfile
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -21,12 +27,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tpa_minimal import baselines, variants
-from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, rms_norm
+from tpa_minimal.files import read_json, write_whole
+from tpa_minimal.tpa import T6, Cache, FactorCache, T6Config, TensorProductAttention, unseen
 from tpa_minimal.variants import FixedHeadFactors, KeyValueOnly
 
 # ------------------------------------------------------------------------------------ MHA, MQA and GQA as TPA
@@ -66,7 +73,9 @@ def mha_to_tpa(layer: baselines.MultiHeadAttention) -> FixedHeadFactors:
     if not isinstance(layer, baselines.MultiHeadAttention):
         raise TypeError(f"{type(layer).__name__}: only a MultiHeadAttention, with any number of groups, converts")
     weights = (layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight, layer.out_proj.weight)
-    return _fixed_head_tpa(layer.config, *weights).train(layer.training)
+    tpa = _fixed_head_tpa(layer.config, *weights).train(layer.training)
+    tpa.rope = layer.rope
+    return tpa
 
 
 @torch.no_grad()
@@ -78,6 +87,7 @@ def tpa_to_mha(layer: FixedHeadFactors) -> baselines.MultiHeadAttention:
     if not isinstance(layer, FixedHeadFactors):
         raise TypeError(f"{type(layer).__name__}: only FixedHeadFactors are MHA")
     mha = baselines.MultiHeadAttention(layer.config).to(layer.out_proj.weight)
+    mha.rope = layer.rope  # a converted LLaMA's is its own
     b_rows = layer.factor_proj.weight.split(layer.sizes)[1::2]
     for proj, a, rows in zip((mha.q_proj, mha.k_proj, mha.v_proj), (layer.a_q, layer.a_k, layer.a_v), b_rows):
         per_head = a.mT @ (rows.unflatten(0, (len(a), -1)).flatten(1) / len(a))  # (h, d_h · d_model)
@@ -89,14 +99,20 @@ def tpa_to_mha(layer: FixedHeadFactors) -> baselines.MultiHeadAttention:
 # ------------------------------------------------------------------------------------------------------- LLaMA
 
 
-def llama_norm(x: Tensor, eps: float, in_float32: bool) -> Tensor:
+class LlamaNorm(NamedTuple):
     """RMSNorm with LLaMA's eps, its gain left to the weights that follow; in float32 if transformers does it so."""
-    wide = x.float() if in_float32 else x
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    eps: float
+    in_float32: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: (..., d_model) -> the same."""
+        wide = x.float() if self.in_float32 else x
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class LlamaT6(T6):
-    """A T6 with the three things that LLaMA has besides: an eps, frequencies, and an output matrix, of its own.
+    """A T6 with the three things that LLaMA has besides: an eps, frequencies, and an output layer, of its own.
 
     norm_eps: added to the mean square in every norm. inv_freq: the d_h/2 angles per position, as numbers, so that
     no cast of the model rounds them. rope_scale: factor on the cosines and sines (1 but for YaRN).
@@ -114,7 +130,9 @@ class LlamaT6(T6):
         in_float32: bool = True,
     ):
         super().__init__(config, attention)
-        self.norm = partial(llama_norm, eps=norm_eps, in_float32=in_float32)
+        if len(inv_freq) != config.d_head // 2:
+            raise ValueError(f"inv_freq of {len(inv_freq)} numbers: d_head={config.d_head} needs {config.d_head // 2}")
+        self.norm = LlamaNorm(float(norm_eps), bool(in_float32))
         self.llama = dict(norm_eps=norm_eps, inv_freq=inv_freq, rope_scale=rope_scale, in_float32=in_float32)
         self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
         for block in self.blocks:
@@ -122,7 +140,7 @@ class LlamaT6(T6):
             block.attention.rope = _llama_rope(self.llama)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The output matrix, into which the gain of the last norm went: (..., d_model) -> (..., vocab_size)."""
+        """The output layer, into which the gain of the last norm went: (..., d_model) -> (..., vocab_size)."""
         return self.output(hidden)
 
 
@@ -143,36 +161,61 @@ class LlamaRoPE(NamedTuple):
 
 
 def _llama_rope(extras: dict) -> LlamaRoPE:
-    return LlamaRoPE(tuple(extras["inv_freq"]), extras["rope_scale"], extras["in_float32"])
+    return LlamaRoPE(tuple(map(float, extras["inv_freq"])), float(extras["rope_scale"]), bool(extras["in_float32"]))
 
 
-def _llama_extras(model) -> dict:
-    """What LlamaT6 needs beside weights from a LlamaForCausalLM. Raises ValueError for what it cannot carry over."""
+_FAMILY = ("llama", "mistral", "qwen2")  # one architecture; the last two may have a window or biases besides
+
+
+def _refuse_old(transformers) -> None:
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ImportError(f"transformers {transformers.__version__}: needed is 5 or newer; pip install -U transformers")
+
+
+def _refuse_inexact(model, max_len: int) -> None:
+    """Raise for a model of which a part has no place in a T6 or would be passed by."""
     if not hasattr(model, "lm_head") or not hasattr(getattr(model, "config", None), "model_type"):
         raise TypeError(f"{type(model).__name__}: needed is a transformers.LlamaForCausalLM")
     if any(isinstance(module, LlamaSelfAttention) for module in model.modules()):
         raise ValueError("the model has TPA as self_attn already: take one that was just loaded")
     c = model.config
-    if c.model_type != "llama":
-        raise ValueError(f"model_type={c.model_type!r}: only LLaMA-style checkpoints, of model_type 'llama', convert")
-    if c.attention_bias or c.mlp_bias:
-        raise ValueError(
-            f"attention_bias={c.attention_bias}, mlp_bias={c.mlp_bias}: TPA and T6 have no biases, so this model "
-            "cannot be carried over exactly; take one trained without them"
-        )
+    if c.model_type not in _FAMILY:
+        raise ValueError(f"model_type={c.model_type!r}: only {', '.join(_FAMILY)} checkpoints convert")
+    _refuse_old(sys.modules["transformers"])
+    theirs = (f"transformers.models.{c.model_type}.modeling_{c.model_type}", "transformers.activations")
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind not in (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU) and kind.__module__ not in theirs:
+            raise ValueError(
+                f"{name or 'the model'} is a {kind.__name__}, whose function TPA would not have; merge adapters first "
+                "(model = model.merge_and_unload()), and replace other classes by plain layers"
+            )
+        if getattr(module, "bias", None) is not None and module.bias.any():
+            raise ValueError(f"{name} has a bias: TPA and T6 have no biases; take a model trained without them")
     if c.hidden_act != "silu":
         raise ValueError(f"hidden_act={c.hidden_act!r}: T6's feed-forward layer is SwiGLU, so only 'silu' converts")
-    rotary, norm = model.model.rotary_emb, model.model.norm
+    window = getattr(c, "sliding_window", None)
+    if window is not None and window < max_len:
+        raise ValueError(
+            f"sliding_window={window}: TPA sees all of a text, which is the same up to max_len={window} only; "
+            f"llama_to_t6(model, max_len={window}) converts so much"
+        )
+    rotary = model.model.rotary_emb
     if rotary.rope_type not in ("default", "linear", "llama3", "yarn"):
         raise ValueError(
             f"rope_type={rotary.rope_type!r}: its frequencies change with the length of the text, which a cache of "
             "rotated factors cannot follow; models with default, linear, llama3 or yarn RoPE convert"
         )
-    # transformers rounds to float32 within each norm, even of a float64 model. Ask this model's own norm.
-    x = torch.linspace(-1, 1, c.hidden_size, dtype=torch.float64, device=norm.weight.device)
-    with torch.no_grad():
-        exact = norm.weight * llama_norm(x, c.rms_norm_eps, in_float32=False)
-        in_float32 = not torch.allclose(norm(x).double(), exact.double(), rtol=1e-12, atol=0)
+
+
+def _llama_extras(model) -> dict:
+    """What LlamaT6 needs beside weights."""
+    c, rotary = model.config, model.model.rotary_emb
+    # transformers rounds to float32 within each norm, even of a float64 model. Ask this model's kind of norm, on the
+    # CPU, since not every device has float64.
+    norm = type(model.model.norm)(c.hidden_size, c.rms_norm_eps).to("cpu", torch.float64)
+    x = torch.linspace(-1, 1, c.hidden_size, dtype=torch.float64, device="cpu")
+    in_float32 = not torch.allclose(norm(x), LlamaNorm(c.rms_norm_eps, False)(x), rtol=1e-12, atol=0)
     return dict(
         norm_eps=c.rms_norm_eps,
         inv_freq=rotary.inv_freq.tolist(),
@@ -181,34 +224,40 @@ def _llama_extras(model) -> dict:
     )
 
 
-def _llama_config(c, max_len: int | None) -> T6Config:
+def _llama_config(c, max_len: int) -> T6Config:
     return T6Config(
         vocab_size=c.vocab_size,
         n_layer=c.num_hidden_layers,
         d_model=c.hidden_size,
         n_head=c.num_attention_heads,
-        d_head=c.head_dim,
+        d_head=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
         rank_q=c.num_attention_heads,
         rank_k=c.num_key_value_heads,
         rank_v=c.num_key_value_heads,
-        max_len=c.max_position_embeddings if max_len is None else max_len,
+        max_len=max_len,
         rope_base=float(c.rope_parameters["rope_theta"]),
         d_ff=c.intermediate_size,
     )
 
 
+def _mirror(weight: Tensor, d_head: int) -> Tensor:
+    """A query or key projection for RoPE in the other sense, and back again.
+
+    transformers rotates queries and keys by +θ where the paper has -θ. Negating the second half of the features,
+    x ↦ x D, turns one into the other, D T_t D = T_tᵀ, and cancels in the product q D D kᵀ.
+    """
+    sign = torch.ones(d_head, 1, dtype=weight.dtype, device=weight.device)
+    sign[d_head // 2 :] = -1
+    return (weight.unflatten(0, (-1, d_head)) * sign).flatten(0, 1)
+
+
 def _llama_attention(self_attn, config: T6Config, gain: Tensor | None = None) -> FixedHeadFactors:
     """One LLaMA attention layer as fixed-A TPA; `gain` is that of the norm before it, to be folded into the weights."""
-    # transformers turns queries and keys by +θ where the paper has -θ. Negating the second half of the features,
-    # x ↦ x D, turns one into the other, D T_t D = T_tᵀ, and cancels in the product q D D kᵀ.
-    turn = torch.ones(config.d_head, 1).to(self_attn.q_proj.weight)
-    turn[config.d_head // 2 :] = -1
-
-    def heads(proj, factor=1):
-        weight = proj.weight if gain is None else proj.weight * gain
-        return (weight.unflatten(0, (-1, config.d_head)) * factor).flatten(0, 1)
-
-    q, k, v = heads(self_attn.q_proj, turn), heads(self_attn.k_proj, turn), heads(self_attn.v_proj)
+    q, k, v = (
+        proj.weight if gain is None else proj.weight * gain
+        for proj in (self_attn.q_proj, self_attn.k_proj, self_attn.v_proj)
+    )
+    q, k = _mirror(q, config.d_head), _mirror(k, config.d_head)
     return _fixed_head_tpa(config, q, k, v, self_attn.o_proj.weight)
 
 
@@ -217,8 +266,10 @@ def llama_to_t6(model, max_len: int | None = None) -> LlamaT6:
     """The T6 with fixed-A TPA that gives the same logits as a `transformers.LlamaForCausalLM` (MHA, GQA or MQA).
 
     All weights are copied, in the dtype and on the device of `model`. The norms' gains go into the matrices that
-    follow them. RoPE of the types default, linear, llama3 and yarn is carried over; biases, other activations and
-    RoPE that depends on the length raise ValueError. max_len: of the result's config, if not the model's own.
+    follow them. RoPE of the types default, linear, llama3 and yarn is carried over. Mistral and Qwen2 are the same
+    architecture but for a window of attention and for biases. max_len: of the result's config, if not the model's own.
+    Raises ValueError for what would not be exact: biases that are not zero, a window shorter than max_len, other
+    activations, RoPE that depends on the length, adapters, layers of a class of one's own.
 
     Per token and layer the cache holds 2 G d_h numbers, as the model's own; `reduce_rank` goes below.
 
@@ -226,6 +277,9 @@ def llama_to_t6(model, max_len: int | None = None) -> LlamaT6:
     tables in float32 whatever the model's dtype, which moves a float64 model's logits by about 1e-7, and so the
     result does it too. Where the given model's norm is exact in float64, so is the result (`LlamaT6.in_float32`).
     """
+    if max_len is None:
+        max_len = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    _refuse_inexact(model, max_len)
     extras, config = _llama_extras(model), _llama_config(model.config, max_len)
     weight = model.lm_head.weight
     with torch.device("meta"):  # sizes only: the weights come next
@@ -251,11 +305,14 @@ def llama_to_t6(model, max_len: int | None = None) -> LlamaT6:
 class LlamaSelfAttention(nn.Module):
     """Any TPA of this package as `self_attn` of a Hugging Face LLaMA's layer, so that `model.generate` works.
 
-    The cache is transformers' own `DynamicCache`, or with R_K = R_V also its `StaticCache`. In the place of keys and
-    values it holds, per rank, a_k and b_k side by side, and a_v and b_v, so its reordering for beam search, cropping
-    and lengths work as ever. Positions are counted along the cache; a left-padded batch is right all the same, since
-    RoPE sees distances alone and the mask hides the padding. With such a mask keys and values are assembled for the
-    call. Masks with holes between tokens, and `position_ids` of one's own, are not supported.
+    The cache is transformers' own `DynamicCache`, or for fixed A with R_K = R_V also its `StaticCache`. In the place of
+    keys and values it holds, per rank, a_k and b_k side by side, and a_v and b_v, so its reordering for beam search,
+    cropping and lengths work as ever. Positions are counted along the cache; a left-padded batch is right all the same,
+    since RoPE sees distances alone and the mask hides the padding. Masks with holes between tokens, and `position_ids`
+    that do not count one by one, raise ValueError.
+
+    While `attention` is what `use_tpa` put there, its weights are saved and loaded as LLaMA's own, q_proj to o_proj:
+    what `model.save_pretrained` writes is a LLaMA, to be loaded as such and given to `use_tpa` again.
     """
 
     def __init__(self, attention: TensorProductAttention, layer_idx: int):
@@ -265,45 +322,114 @@ class LlamaSelfAttention(nn.Module):
         self.attention = attention
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states: Tensor, attention_mask=None, past_key_values=None, **_) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states: Tensor, attention_mask=None, past_key_values=None, position_ids=None, **_
+    ) -> tuple[Tensor, None]:
         """hidden_states: (B, T, d_model) -> (the same, None for attention weights that are never formed)."""
-        start = 0 if past_key_values is None else int(past_key_values.get_seq_length(self.layer_idx))
-        a_q, b_q, a_k, b_k, a_v, b_v = self.attention.factors(hidden_states, start)
+        (B, T), start = hidden_states.shape[:2], 0
         if past_key_values is not None:
-            new = (torch.cat(pair, -1).transpose(1, 2) for pair in ((a_k, b_k), (a_v, b_v)))  # (B, R, T, ·)
-            # What a static cache returns goes beyond what it holds; a mask hides that.
-            end = start + hidden_states.shape[1] if attention_mask is None else None
-            k, v = (held[:, :, :end].transpose(1, 2) for held in past_key_values.update(*new, self.layer_idx))
-            a_k, b_k = k.split((a_k.shape[-1], b_k.shape[-1]), dim=-1)
-            a_v, b_v = v.split((a_v.shape[-1], b_v.shape[-1]), dim=-1)
-        padding = None
-        if attention_mask is not None:
-            if attention_mask.ndim != 4:
-                raise ValueError(
-                    f"attention_mask with {attention_mask.ndim} axes: needed is one of shape (B, 1, T, M); load the "
-                    'model with attn_implementation="sdpa"'
-                )
-            end = start + hidden_states.shape[1]
-            a_k, b_k, a_v, b_v = (factor[:, :end] for factor in (a_k, b_k, a_v, b_v))
-            seen = attention_mask[:, 0, -1, :end]  # of the newest token
-            seen = seen if seen.dtype == torch.bool else seen == 0
-            padding = (~seen).sum(-1).expand(len(hidden_states))
-        out = self.attention.attend(a_q, b_q, a_k, b_k, a_v, b_v, start, padding)
+            start = int(past_key_values.get_seq_length(self.layer_idx))
+        padding = None if attention_mask is None else self._padding(attention_mask, B, start, T)
+        if self.layer_idx == 0:  # the same for all layers
+            _check_positions(position_ids, start, T, padding)
+        a_q, b_q, *factors = self.attention.factors(hidden_states, start)
+        if past_key_values is not None:
+            new = [torch.cat(pair, -1).transpose(1, 2) for pair in (factors[:2], factors[2:])]  # (B, R, T, ·)
+            self._refuse_other_sizes(past_key_values, *new)
+            widths = [x.shape[-1] for x in factors]
+            # What a static cache returns goes beyond what it holds.
+            k, v = (x[:, :, : start + T].transpose(1, 2) for x in past_key_values.update(*new, self.layer_idx))
+            factors = [*k.split(widths[:2], dim=-1), *v.split(widths[2:], dim=-1)]
+        out = self.attention.attend(a_q, b_q, *factors, start, padding)
         return self.attention.out_proj(out.flatten(2)), None
+
+    def _padding(self, mask, batch_size: int, start: int, T: int) -> Tensor:
+        """Tokens of left padding in each row (B,), from a mask (B or 1, 1, T, M), True or 0 where a key is seen."""
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            axes = f"{mask.ndim} axes" if isinstance(mask, Tensor) else "blocks"
+            raise ValueError(
+                f"attention_mask with {axes}: needed is one of shape (B, 1, T, M); load the model with "
+                'attn_implementation="sdpa", or call model.set_attn_implementation("sdpa")'
+            )
+        mask = mask[:, 0, :, : start + T]
+        seen = (mask if mask.dtype == torch.bool else mask == 0).expand(batch_size, -1, -1)
+        padding = (seen[:, -1].cumsum(-1) == 0).sum(-1)  # before the first that the last token sees
+        if self.layer_idx == 0:  # the same for all layers
+            positions = torch.arange(start + T, device=mask.device)
+            tokens = seen[:, :, start:].diagonal(dim1=1, dim2=2).unsqueeze(-1)  # padding does not see itself
+            if (tokens & (seen == unseen(positions, positions[start:], padding))).any():
+                raise ValueError(
+                    "attention_mask with holes between tokens, as packed texts have: TPA sees all tokens before; give "
+                    "each text a row of its own, padded on the left"
+                )
+        return padding
+
+    def _refuse_other_sizes(self, cache, k: Tensor, v: Tensor) -> None:
+        """A cache that was set aside for LLaMA's keys and values takes only factors of their sizes."""
+        if cache.is_compileable and len(cache.layers) > self.layer_idx:
+            layer = cache.layers[self.layer_idx]
+            room = [x.shape[1::2] for x in (layer.keys, layer.values)] if layer.is_initialized else []
+            if k.shape[1] != v.shape[1] or (room and room != [k.shape[1::2], v.shape[1::2]]):
+                raise ValueError(
+                    f"{type(cache).__name__} has no room for factors of R_K={k.shape[1]} and R_V={v.shape[1]}, "
+                    f"{k.shape[3]} and {v.shape[3]} wide; leave cache_implementation out"
+                )
+
+
+class _FromLlama(LlamaSelfAttention):
+    """What `use_tpa` makes: its weights go to and come from a file under LLaMA's names."""
+
+    def __init__(self, attention: FixedHeadFactors, layer_idx: int):
+        super().__init__(attention, layer_idx)
+        self.register_state_dict_post_hook(_as_llama)
+        self.register_load_state_dict_pre_hook(_from_llama)
+
+
+_CONSTANTS, _PROJECTIONS = ("a_q", "a_k", "a_v"), ("q_proj", "k_proj", "v_proj")
+
+
+def _as_llama(module: _FromLlama, state: dict, prefix: str, _) -> None:
+    """Rename, and mirror back, in a state dict that was just made; an adapter's weights stay as they are."""
+    layer, ours = module.attention, f"{prefix}attention."
+    if f"{ours}factor_proj.weight" not in state or f"{ours}out_proj.weight" not in state:
+        return
+    h, G = layer.config.n_head, layer.config.rank_k
+    for name, groups in zip(_CONSTANTS, (h, G, G)):
+        if not torch.equal(state.pop(ours + name).cpu().float(), group_factors(h, groups)):
+            raise ValueError(f"{ours}{name} was trained: LLaMA's weights cannot express that; convert by llama_to_t6")
+    parts = state.pop(f"{ours}factor_proj.weight").split(layer.sizes[1::2])
+    for name, part in zip(_PROJECTIONS, parts):
+        state[f"{prefix}{name}.weight"] = part.clone() if name == "v_proj" else _mirror(part, layer.config.d_head)
+    state[f"{prefix}o_proj.weight"] = state.pop(f"{ours}out_proj.weight")
+
+
+def _from_llama(module: _FromLlama, state: dict, prefix: str, *_) -> None:
+    """The way back, before a state dict is loaded."""
+    layer, ours = module.attention, f"{prefix}attention."
+    names = [f"{prefix}{name}.weight" for name in _PROJECTIONS]
+    if not all(name in state for name in names):
+        return
+    q, k, v = (state.pop(name) for name in names)
+    q, k = (_mirror(weight, layer.config.d_head) for weight in (q, k))
+    state[f"{ours}factor_proj.weight"] = torch.cat((q, k, v))
+    state[f"{ours}out_proj.weight"] = state.pop(f"{prefix}o_proj.weight")
+    state |= {ours + name: getattr(layer, name).detach() for name in _CONSTANTS}
 
 
 def use_tpa(model):
     """Replace each `self_attn` of a `transformers.LlamaForCausalLM`, in place, by the fixed-A TPA that equals it.
 
-    Returns the model, whose `forward` and `generate` go on as before. Its weights have new names: to keep a model on
-    disk, save it before, and call this again after loading. Raises ValueError as `llama_to_t6` does, also for a model
-    that has been through this already.
+    Returns the model, whose `forward`, `generate` and `save_pretrained` go on as before: what it saves, fine-tuned or
+    not, is a LLaMA, to which this can be done again. Raises ValueError as `llama_to_t6` does, also for a model that has
+    been through this already.
     """
-    rope, config = _llama_rope(_llama_extras(model)), _llama_config(model.config, None)
+    _refuse_inexact(model, getattr(getattr(model, "config", None), "max_position_embeddings", None))
+    rope = _llama_rope(_llama_extras(model))
+    config = _llama_config(model.config, model.config.max_position_embeddings)
     for i, layer in enumerate(model.model.layers):
         attention = _llama_attention(layer.self_attn, config)
         attention.rope = rope
-        layer.self_attn = LlamaSelfAttention(attention, i).train(model.training)
+        layer.self_attn = _FromLlama(attention, i).train(model.training)
     return model
 
 
@@ -490,150 +616,218 @@ def t6_to_authors_state_dict(state_dict: dict[str, Tensor], config: T6Config) ->
 # --------------------------------------------------------------------------------------------- files and hubs
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+_PREFIX = "model."  # `T6ForCausalLM` keeps the T6 as `model`, and both read the same file
 # Which attention a file may ask for, and the arguments that it may give: nothing is looked up by name elsewhere.
 _ATTENTIONS = {
-    "TensorProductAttention": (TensorProductAttention, ()),
-    "KeyValueOnly": (variants.KeyValueOnly, ()),
-    "FixedHeadFactors": (variants.FixedHeadFactors, ()),
-    "FixedFeatureFactors": (variants.FixedFeatureFactors, ()),
-    "SharedFeatureFactors": (variants.SharedFeatureFactors, ()),
-    "SigmoidHeadFactors": (variants.SigmoidHeadFactors, ()),
-    "SoftmaxHeadFactors": (variants.SoftmaxHeadFactors, ()),
-    "ThirdOrderFactors": (variants.ThirdOrderFactors, ("d_b",)),
-    "RotateAssembled": (variants.RotateAssembled, ()),
-    "PartialRoPE": (variants.PartialRoPE, ("rotary_dim",)),
-    "MultiHeadAttention": (baselines.MultiHeadAttention, ("n_kv_head",)),
-    "MultiHeadLatentAttention": (baselines.MultiHeadLatentAttention, ("d_c", "d_c_q", "d_rope")),
+    kind.__name__: (kind, arguments)
+    for kind, *arguments in [
+        (TensorProductAttention,),
+        (variants.KeyValueOnly,),
+        (variants.FixedHeadFactors,),
+        (variants.FixedFeatureFactors,),
+        (variants.SharedFeatureFactors,),
+        (variants.SigmoidHeadFactors,),
+        (variants.SoftmaxHeadFactors,),
+        (variants.ThirdOrderFactors, "d_b"),
+        (variants.RotateAssembled,),
+        (variants.PartialRoPE, "rotary_dim"),
+        (baselines.MultiHeadAttention, "n_kv_head"),
+        (baselines.MultiHeadLatentAttention, "d_c", "d_c_q", "d_rope"),
+    ]
 }
+_LAYER_SIZES = ("n_head", "d_head", "rank_q", "rank_k", "rank_v")  # of a converted layer, not always the model's
 
 
-def _as_built(model: T6) -> bool:
-    """Whether class, norms and RoPE of `model` are those that `_from_description` gives it."""
-    if type(model) not in (T6, LlamaT6):
-        return False
-    norm, rope = rms_norm, None
-    if type(model) is LlamaT6:
-        norm = partial(llama_norm, eps=model.llama["norm_eps"], in_float32=model.llama["in_float32"])
-        rope = _llama_rope(model.llama)
+def describe(model: T6) -> dict:
+    """What config.json says of `model`: all that it takes to build it again.
 
-    def same(f, g):
-        parts = [(p.func, p.args, p.keywords) if isinstance(p, partial) else p for p in (f, g)]
-        return parts[0] == parts[1]
-
-    def same_base(block):
-        return getattr(block.attention.rope, "base", None) == model.config.rope_base
-
-    return same(model.norm, norm) and all(
-        same(block.norm, norm) and (block.attention.rope == rope if rope else same_base(block))
-        for block in model.blocks
-    )
-
-
-def _description(model: T6) -> dict:
-    """All that is needed to build `model` again, as JSON has it."""
-    kinds, ranks = [], []
-    for block in model.blocks:
-        name, c = type(block.attention).__name__, block.attention.config
-        ranks.append(dict(rank_q=c.rank_q, rank_k=c.rank_k, rank_v=c.rank_v))  # of a converted layer, not the model's
-        if _ATTENTIONS.get(name, (None,))[0] is not type(block.attention):
-            raise ValueError(f"attention {name} cannot be saved by name; known are {', '.join(_ATTENTIONS)}")
-        kinds.append({"name": name, **{key: getattr(block.attention, key) for key in _ATTENTIONS[name][1]}})
-    if not _as_built(model):
-        raise ValueError("the model has a norm, a RoPE or a class of its own, which the config cannot describe")
-    if any(kind != kinds[0] for kind in kinds) or any(some != ranks[0] for some in ranks):
-        raise ValueError("the blocks have attention of different kinds or ranks; a file describes one for all")
-    return {
+    Raises ValueError for what such a file cannot express: classes, norms or rotations of one's own, or layers that are
+    not all alike.
+    """
+    first = model.blocks[0].attention
+    name = type(first).__name__
+    if _ATTENTIONS.get(name, (None,))[0] is not type(first):
+        raise ValueError(f"attention {name} cannot be saved by name; known are {', '.join(_ATTENTIONS)}")
+    changes = {size: getattr(first.config, size) for size in _LAYER_SIZES}
+    changes |= {"rope_base": getattr(first.rope, "base", first.config.rope_base)}
+    changes |= {"vocab_size": model.embedding.num_embeddings}
+    description = {
         "model_type": "t6",
-        "config": asdict(replace(model.config, **ranks[0])),
-        "attention": kinds[0],
+        "architectures": ["T6ForCausalLM"],
+        "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
+        "sizes": asdict(replace(model.config, **changes)),
+        "attention": {"name": name, **{key: getattr(first, key) for key in _ATTENTIONS[name][1]}},
         "llama": model.llama if isinstance(model, LlamaT6) else None,
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
     }
+    with torch.device("meta"):
+        again = _built({**description, "frozen": ()})
+    if (type(model), model.norm) != (type(again), again.norm):
+        raise ValueError(f"{type(model).__name__}: a class or a norm of its own, which {CONFIG_FILE} cannot describe")
+    for i, (block, other) in enumerate(zip(model.blocks, again.blocks)):
+        if different := [key for key, value in _traits(other).items() if _traits(block).get(key) != value]:
+            raise ValueError(
+                f"layer {i} has {', '.join(different)} of its own, but {CONFIG_FILE} describes one kind of layer for "
+                "all: save the model's state_dict, and build it by your own code"
+            )
+    if _shapes(model) != _shapes(again):
+        raise ValueError(f"the model has weights that {CONFIG_FILE} does not describe; merge or remove adapters first")
+    return description
 
 
-def _write_whole(path: Path, write) -> None:
-    """Let `write` make the file under another name, and give it its own when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _traits(block) -> dict:
+    """What decides about a block's function, its weights aside."""
+    own = {key: value for key, value in vars(block.attention).items() if key[0] != "_"}
+    for name in ("config", "training", "attend_in_factor_space"):  # the last computes the same, wherever it is
+        own.pop(name, None)
+    sizes = [getattr(block.attention.config, size) for size in _LAYER_SIZES]
+    return {"attention": type(block.attention), "norm": block.norm, "sizes": sizes, **own}
 
 
-def save_pretrained(model: T6, save_directory: str | os.PathLike) -> None:
-    """Write `model` into a folder: model.safetensors and config.json, each of them whole or not at all.
+def _shapes(model: nn.Module) -> dict:
+    return {_PREFIX + name: list(value.shape) for name, value in model.state_dict().items()}
 
-    Any T6 or LlamaT6 with attention of this package. The folder is made if need be. Raises ValueError, before
-    anything is written, for attention that the config cannot describe.
+
+def _built(description: dict) -> T6:
+    """The model that `describe` described, with weights of a start."""
+    attention = dict(description["attention"])
+    kind, arguments = _ATTENTIONS.get(attention.pop("name"), (None, ()))
+    unknown = description["sizes"].keys() - {field.name for field in fields(T6Config)}
+    if unknown or kind is None or attention.keys() - set(arguments):
+        wanted = sorted(unknown) or description["attention"]
+        raise ValueError(f"asks for {wanted}, which this version does not know")
+    config, make = T6Config(**description["sizes"]), partial(kind, **attention)
+    model = LlamaT6(config, make, **description["llama"]) if description.get("llama") else T6(config, make)
+    return _frozen(model, description.get("frozen", ()))
+
+
+def _frozen(model: T6, names) -> T6:
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+def save_pretrained(model: T6, save_directory: str | os.PathLike, **notes) -> None:
+    """Write `model` into a folder: model.safetensors and config.json, both or neither.
+
+    Any T6 or LlamaT6 with attention of this package; transformers reads them too. notes: anything to be added to
+    config.json, as tokenizer="gpt2". The folder is made if need be. Raises ValueError, before anything is written, for
+    what `describe` cannot describe.
     """
-    description, folder = _description(model), Path(save_directory)
+    description, folder = describe(model), Path(save_directory)
+    if taken := sorted(description.keys() & notes.keys()):
+        raise ValueError(f"{', '.join(taken)}: {CONFIG_FILE} has this already; choose another name for the note")
+    state = {_PREFIX + name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    text = json.dumps({**description, **notes}, indent=2) + "\n"
+
+    def write(path):
+        path.write_text(text, encoding="utf-8")
+        write_whole(folder / WEIGHTS_FILE, lambda weights: save_file(state, weights, metadata={"format": "pt"}))
+
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    _write_whole(folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    text = json.dumps(description, indent=2) + "\n"
-    _write_whole(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(folder / CONFIG_FILE, write)
 
 
 def from_pretrained(name: str | os.PathLike, *, revision: str | None = None, token=None, device="cpu") -> T6:
-    """Read a model that `save_pretrained` or `push_to_hub` wrote, in its dtype, in evaluation mode.
+    """Read a model that `save_pretrained`, `push_to_hub` or a run wrote, in its dtype, in evaluation mode.
 
-    name: a folder, or a repository "user/name" on the hub, of which `revision` is a branch, tag or commit. Files are
-    data alone: JSON and safetensors, and attention only by the names of this package. Raises ValueError for a config
-    that is none of ours or does not fit the weights.
+    name: a folder, a run's folder, of which the last checkpoint is read, or a repository "user/name" on the hub, of
+    which `revision` is a branch, tag or commit. Files are data alone: JSON and safetensors, and attention only by the
+    names of this package. Raises ValueError, before memory is set aside, for files that are not ours, do not fit each
+    other or hold weights that are not finite numbers; OSError for a pull that failed.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    elif folder.is_absolute() or len(folder.parts) > 2 or str(name).startswith("."):
-        raise FileNotFoundError(f"{name}: there is no such folder")
-    else:
-        from huggingface_hub import hf_hub_download  # only those who go to the hub need it
-
-        config_path, weights_path = (
-            hf_hub_download(str(name), file, revision=revision, token=token) for file in (CONFIG_FILE, WEIGHTS_FILE)
-        )
-    try:
-        model = _from_description(json.loads(Path(config_path).read_text(encoding="utf-8")), name)
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{name}: {CONFIG_FILE} is damaged or incomplete ({error!r}); copy it anew") from error
-    try:
-        state = load_file(weights_path, device=str(device))
-    except SafetensorError as error:
-        raise ValueError(f"{name}: {WEIGHTS_FILE} is damaged or cut short ({error}); copy it anew") from error
-    expected = {key: value.shape for key, value in model.state_dict().items()}
-    wrong = [key for key in expected.keys() | state.keys() if key not in state or state[key].shape != expected.get(key)]
-    if wrong:
-        raise ValueError(f"{name}: {sorted(wrong)[0]} in {WEIGHTS_FILE} is not as {CONFIG_FILE} describes it")
+    folder = _local(name) or _pulled(name, revision, token)
+    model = _checked(folder)
+    with safe_open(folder / WEIGHTS_FILE, "pt", device=str(device)) as file:
+        # Without the copy a weight would be the file: to overwrite that would change the live model.
+        state = {key.removeprefix(_PREFIX): file.get_tensor(key).clone() for key in file.keys()}
     model.load_state_dict(state, assign=True)
+    _refuse_nan(model, folder)
     return model.eval()
 
 
-def _from_description(found: dict, name) -> T6:
-    """A model without memory (on the device "meta") from what `_description` returned."""
+def _local(name: str | os.PathLike) -> Path | None:
+    """The folder of weights that `name` stands for, of a run that of its last checkpoint; None for one on the hub."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute() or len(folder.parts) > 2 or str(name).startswith("."):
+            raise FileNotFoundError(f"{name}: there is no such folder")
+        return None
+    if (folder / WEIGHTS_FILE).exists():
+        return folder
+    checkpoints = [path for path in folder.glob("checkpoint-*") if (path / WEIGHTS_FILE).exists()]
+    steps = [(int(path.name[11:]), path) for path in checkpoints if path.name[11:].isdecimal()]
+    return max(steps)[1] if steps else folder
+
+
+def _pulled(name, revision, token) -> Path:
+    """The folder in the hub's cache that holds the two files of repository `name`."""
+    from huggingface_hub import hf_hub_download  # only those who go to the hub need it
+
+    try:
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            path = hf_hub_download(str(name), file, revision=revision, token=token)
+    except Exception as error:  # the client's, its HTTP library's, the socket's: they have no base class in common
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"{name}: no folder here, and could not be pulled from the hub ({reason}); try again") from error
+    return Path(path).parent
+
+
+def _checked(folder: Path) -> T6:
+    """The model of a folder without its weights (on the device "meta"), once config.json and their header agree."""
+    config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    found = read_json(config_path)
     if not isinstance(found, dict) or found.get("model_type") != "t6":
         kind = found.get("model_type") if isinstance(found, dict) else type(found).__name__
         raise ValueError(
-            f"{name}: model_type={kind!r} in {CONFIG_FILE}, not 't6'; a LLaMA goes through "
+            f"{config_path}: model_type={kind!r}, not 't6'; a LLaMA goes through "
             "llama_to_t6(transformers.LlamaForCausalLM.from_pretrained(...))"
         )
-    unknown = found["config"].keys() - {field.name for field in fields(T6Config)}
-    attention = dict(found["attention"])
-    kind = attention.pop("name")
-    if unknown or kind not in _ATTENTIONS or attention.keys() - set(_ATTENTIONS[kind][1]):
-        raise ValueError(
-            f"{name}: {CONFIG_FILE} asks for {sorted(unknown) or found['attention']}, which this version does not know"
-        )
-    make = partial(_ATTENTIONS[kind][0], **attention)
     try:
+        with safe_open(weights_path, "pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            header = {key: value.get_shape() for key, value in slices.items()}
+            types = {key: value.get_dtype() for key, value in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{weights_path}: is damaged or cut short ({error}); copy it again") from error
+    try:
+        _compare_sizes(found["sizes"], header)  # first of all: building 10^9 layers would take all memory
         with torch.device("meta"):
-            config = T6Config(**found["config"])
-            model = LlamaT6(config, make, **found["llama"]) if found.get("llama") else T6(config, make)
+            model = _built(found)
+        expected = _shapes(model)
+        for key in sorted(expected.keys() | header.keys()):
+            if header.get(key) != expected.get(key):
+                raise ValueError(f"describes {key} as {expected.get(key)}, but {WEIGHTS_FILE} has {header.get(key)}")
+            if types[key] not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"{key} in {WEIGHTS_FILE} is {types[key]}: weights are floating-point numbers")
     except ValueError as error:
-        raise ValueError(f"{name}: {CONFIG_FILE}: {error}") from error
-    for parameter in found.get("frozen", []):
-        model.get_parameter(parameter).requires_grad_(False)
+        raise ValueError(f"{config_path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{config_path}: is damaged or incomplete ({error!r}); copy it again") from error
     return model
+
+
+def _compare_sizes(sizes: dict, header: dict) -> None:
+    layers = {key.split(".")[2] for key in header if key.startswith(f"{_PREFIX}blocks.")}
+    one = f"{_PREFIX}blocks.0."
+    counted = {
+        "n_layer": (sizes["n_layer"], len(layers)),
+        "vocab_size, d_model": ([sizes["vocab_size"], sizes["d_model"]], header.get(f"{_PREFIX}embedding.weight")),
+        "d_ff": ([sizes["d_model"], sizes["d_ff"]], header.get(f"{one}mlp.down_proj.weight")),
+        "n_head · d_head": (
+            [sizes["d_model"], sizes["n_head"] * sizes["d_head"]],
+            header.get(f"{one}attention.out_proj.weight"),
+        ),
+    }
+    for name, (said, there) in counted.items():
+        if said != there:
+            raise ValueError(f"{name} is not as config.json describes it: {said}, but {there} in {WEIGHTS_FILE}")
+
+
+def _refuse_nan(model: nn.Module, where) -> None:
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise ValueError(f"{where}: {name} in {WEIGHTS_FILE} holds NaN or infinity; take an earlier checkpoint")
 
 
 def push_to_hub(
@@ -650,3 +844,315 @@ def push_to_hub(
             repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
         )
     return commit.commit_url
+
+
+# ------------------------------------------------------------------------------------- T6 inside transformers
+
+
+class _CacheLayer:
+    """One layer's FactorCache with the methods that transformers' `generate` asks of a layer of its cache.
+
+    padding: (B,), what each row has of it, kept for calls that bring no mask.
+    """
+
+    is_compileable, is_croppable, is_sliding, supports_early_init, is_initialized = False, True, False, False, True
+
+    def __init__(self, factors: FactorCache, padding: Tensor | None):
+        self.factors, self.padding = factors, padding
+
+    def get_seq_length(self) -> int:
+        return self.factors.length
+
+    def get_max_length(self) -> int:
+        return -1  # it grows
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.factors.length + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.factors.view(0, 0)[0])
+
+    def reset(self) -> None:
+        self.factors.truncate(0)
+
+    def crop(self, length: int) -> None:
+        """Keep `length` positions, or with 0 or less remove so many."""
+        self.factors.truncate(length if length > 0 else self.factors.length + length)
+
+    def make_room(self, T: int) -> None:
+        """Grow, by doubling, if T more do not fit."""
+        needed = self.factors.length + T
+        if needed > self.factors.max_len:
+            self._copy(torch.arange(self.batch_size), max(needed, 2 * self.factors.max_len))
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        """Let row i become what row rows[i] was."""
+        self._copy(rows, self.factors.max_len)
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._copy(torch.arange(self.batch_size).repeat_interleave(repeats), self.factors.max_len)
+
+    def _copy(self, rows: Tensor, max_len: int) -> None:
+        kept = self.factors.view(0, self.factors.length)
+        rows, shapes = rows.to(kept[0].device), [x.shape[2:] for x in kept]
+        self.factors = FactorCache(shapes, len(rows), max_len, kept[0].device, kept[0].dtype)
+        self.factors.append(*(x[rows] for x in kept))
+        self.padding = None if self.padding is None else self.padding[rows]
+
+
+def _ragged(mask: Tensor | None, batch_size: int, start: int, T: int) -> tuple[Tensor | None, bool]:
+    """What a mask (B, start + T), 0 for padding, says: how much is on the left (B,), and if any is on the right.
+
+    Raises ValueError for masks of another shape, with holes, or with a row that has no token.
+    """
+    if mask is None:
+        return None, False
+    if mask.shape != (batch_size, start + T):
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)}: needed is {(batch_size, start + T)}, a 1 for each token, "
+            "cached ones included, and a 0 for padding"
+        )
+    seen = mask != 0
+    count, left = seen.sum(1), (seen.cumsum(1) == 0).sum(1)
+    right = mask.shape[1] - count - left
+    if not ((seen.flip(1).cumsum(1) == 0).sum(1) == right).all() or not count.all():
+        raise ValueError(
+            "attention_mask with a hole, or with a row without tokens: only padding at the ends is honoured"
+        )
+    return (left if left.any() else None), bool(right.any())
+
+
+def _check_positions(position_ids: Tensor | None, start: int, T: int, padding: Tensor | None, tokens=None) -> None:
+    """Raise ValueError unless `position_ids` count the tokens of each row one by one, with its padding or without.
+
+    tokens (B, T): where there are some, for which alone this must hold; by default behind the padding (B,).
+    """
+    if position_ids is None:
+        return
+    plain = torch.arange(start, start + T, device=position_ids.device)
+    left = 0 if padding is None else padding[:, None].to(position_ids.device)
+    ignored = plain < left if tokens is None else ~tokens.to(position_ids.device)
+    if position_ids.shape[-1] != T or not any(
+        ((position_ids == counted) | ignored).all() for counted in (plain, plain - left)
+    ):
+        raise ValueError(
+            f"position_ids={position_ids.tolist()}: T6 counts tokens one by one from {start}, so packed or stretched "
+            "positions are refused; give each text a row of its own, and leave position_ids out"
+        )
+
+
+class _Described:
+    """`config.json` of a T6 as transformers' configuration; `describe` says what is in it."""
+
+    model_type = "t6"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    sizes, attention, llama, frozen = asdict(T6Config.preset("tiny")), {"name": "TensorProductAttention"}, None, ()
+    use_cache, tie_word_embeddings = True, False  # nothing is tied in the file: the embedding is there once
+
+    hidden_size = property(lambda self: self.sizes["d_model"])
+    intermediate_size = property(lambda self: self.sizes["d_ff"])
+    num_hidden_layers = property(lambda self: self.sizes["n_layer"])
+    num_attention_heads = property(lambda self: self.sizes["n_head"])
+    head_dim = property(lambda self: self.sizes["d_head"])
+    max_position_embeddings = property(lambda self: self.sizes["max_len"])
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sizes["vocab_size"]
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:  # resize_token_embeddings does this
+        self.sizes = {**self.sizes, "vocab_size": value}
+
+
+class _CausalLM:
+    """A T6, `model`, as a transformers model: `generate`, Trainer, PEFT and pipelines work on it.
+
+    T6ForCausalLM(config) starts anew, T6ForCausalLM(t6) wraps a T6, and from_pretrained reads what the function of that
+    name reads. Padding is honoured on the left, and on the right where no cache is used.
+    """
+
+    base_model_prefix = "model"
+    _input_embed_layer = "embedding"
+    _no_split_modules = ["Block"]
+
+    def __init__(self, config):
+        t6 = config if isinstance(config, T6) else None
+        super().__init__(self.config_class(**describe(t6)) if t6 else config)
+        self.model = t6 or _built(vars(type(config)) | vars(config))
+        self.post_init()
+
+    def _init_weights(self, module) -> None:
+        """T6 draws its own."""
+
+    def get_output_embeddings(self):
+        return getattr(self.model, "output", None)
+
+    def set_output_embeddings(self, new) -> None:
+        self.model.output = new
+
+    @classmethod
+    def from_pretrained(cls, name, *args, **options):
+        """As PreTrainedModel's, and with the checks and refusals of `huggingface.from_pretrained`."""
+        local = _local(name)
+        pull = dict(revision=options.get("revision"), token=options.get("token"))
+        folder = local or _pulled(name, **pull)
+        _checked(folder)
+        result = super().from_pretrained(local or name, *args, **{"disable_mmap": True, **options})
+        model = result[0] if isinstance(result, tuple) else result
+        _refuse_nan(model, folder)
+        _frozen(model.model, model.config.frozen)
+        return result
+
+    def save_pretrained(self, save_directory, **options) -> None:
+        """As PreTrainedModel's, each file whole or not at all."""
+        for key, value in describe(self.model).items():
+            setattr(self.config, key, value)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as made:
+            super().save_pretrained(made, **{"repo_id": folder.name, **options})
+            for file in sorted(Path(made).iterdir(), reverse=True):  # weights before the config that describes them
+                write_whole(folder / file.name, partial(os.replace, file))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = True,
+        num_items_in_batch=None,
+        **others,
+    ):
+        """input_ids (B, T) -> logits (B, T, vocab_size) and, with labels (B, T), the loss of each next token.
+
+        attention_mask: (B, cached + T), 0 for padding. position_ids: only as T6 counts. Raises ValueError for what T6
+        cannot honour.
+        """
+        if ignored := [name for name, value in others.items() if value is not None and value is not False]:
+            raise ValueError(f"{', '.join(ignored)}: T6ForCausalLM does not support this; leave it out")
+        self._refuse_adapters_that_would_be_passed_by()
+        (B, T), past, cache, tokens = input_ids.shape, past_key_values, None, None
+        start = self._cached(past)
+        padding, right = _ragged(attention_mask, B, start, T)
+        if attention_mask is not None:  # padding may be any token, even one beyond the vocabulary
+            tokens = attention_mask[:, start:] != 0
+            input_ids = input_ids.masked_fill(~tokens, 0)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not (self.training or right or labels is not None)
+        if past is not None or use_cache:
+            if right:
+                raise ValueError("attention_mask with padding on the right: pad on the left, or pass use_cache=False")
+            past, cache = self._cache(past, B, T, padding)
+            padding = past.layers[0].padding
+        _check_positions(position_ids, start, T, padding, tokens)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.model.logits(self.model.hidden(input_ids, cache, padding)[:, kept])
+        loss = None
+        if labels is not None:
+            if padding is not None:  # nothing is known before the first token, so that it is not predicted
+                positions = torch.arange(start, start + T, device=labels.device)
+                labels = labels.masked_fill(positions <= padding[:, None], -100)
+            loss = self.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
+        output = self._output_class(loss=loss, logits=logits, past_key_values=past)
+        return output.to_tuple() if return_dict is False else output
+
+    def _cached(self, past) -> int:
+        """How many positions transformers' cache holds, which must be empty or one that this model returned."""
+        if past is None:
+            return 0
+        if not (past.layers and isinstance(past.layers[0], _CacheLayer)):
+            if type(past) is not self._cache_class or past.get_seq_length() or past.offloading:
+                raise ValueError(f"{type(past).__name__}: T6 has a cache of its own; leave cache_implementation out")
+        return past.get_seq_length()
+
+    def _cache(self, past, batch_size: int, T: int, padding: Tensor | None):
+        """transformers' cache with layers of ours in it, and these as T6 wants them, with room for T more tokens."""
+        past = self._cache_class() if past is None else past
+        if not past.get_seq_length():
+            past.layers = [_CacheLayer(cache, padding) for cache in self.model.new_cache(batch_size, 64)]
+        for layer in past.layers:
+            layer.make_room(T)
+        return past, Cache(layer.factors for layer in past.layers)
+
+    def _refuse_adapters_that_would_be_passed_by(self) -> None:
+        """Weights that are read, not called, would be read without their adapter."""
+        read = {} if isinstance(self.model, LlamaT6) else {"embedding": self.model.embedding}
+        for i, block in enumerate(self.model.blocks):
+            up = {name: getattr(block.attention, name, None) for name in ("k_up", "v_up")}
+            read |= {f"blocks.{i}.attention.{name}": module for name, module in up.items() if module is not None}
+        for name, module in read.items():
+            if type(module) not in (nn.Linear, nn.Embedding):
+                raise ValueError(
+                    f"{name} is a {type(module).__name__}: T6 reads this weight itself and would miss what is around "
+                    "it; leave it out of the adapter's target_modules"
+                )
+
+
+def _define_config() -> None:
+    from transformers import AutoConfig, PreTrainedConfig
+
+    config = type("T6PretrainedConfig", (_Described, PreTrainedConfig), {"__doc__": _Described.__doc__})
+    AutoConfig.register("t6", config)
+    globals()["T6PretrainedConfig"] = config
+
+
+def _define_model() -> None:
+    from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+    from transformers.cache_utils import CacheLayerMixin
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    CacheLayerMixin.register(_CacheLayer)
+    own = {"__doc__": _CausalLM.__doc__, "config_class": globals()["T6PretrainedConfig"]}
+    own |= {"_cache_class": DynamicCache, "_output_class": CausalLMOutputWithPast}
+    model = type("T6ForCausalLM", (_CausalLM, PreTrainedModel, GenerationMixin), own)
+    AutoModelForCausalLM.register(own["config_class"], model)
+    globals()["T6ForCausalLM"] = model
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Registers T6 with transformers when its Auto classes are imported, so that this file need not import them."""
+
+    waiting = {
+        "transformers.models.auto.configuration_auto": _define_config,
+        "transformers.models.auto.modeling_auto": _define_model,
+    }
+
+    def find_spec(self, name, path=None, target=None):
+        if (define := self.waiting.pop(name, None)) is None:
+            return None
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            with contextlib.suppress(ImportError):  # transformers 4: `__getattr__` says so to those who need it
+                define()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+for _name in list(_WhenImported.waiting):
+    if _name in sys.modules:
+        _WhenImported.waiting.pop(_name)()
+sys.meta_path.insert(0, _WhenImported())
+
+
+def __getattr__(name: str):
+    """T6ForCausalLM and T6PretrainedConfig, for which transformers is imported at last."""
+    if name not in ("T6ForCausalLM", "T6PretrainedConfig"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import transformers
+
+    _refuse_old(transformers)
+    from transformers import AutoModelForCausalLM  # noqa: F401, which defines both
+
+    return globals()[name]

@@ -768,7 +768,11 @@ def commutes_with_rope(operation, d_head):
 def commutes_with_rope(operation, d_head):
     b = torch.randn(1, 5, 3, d_head, dtype=torch.float64)  # (B, T, R, d_h)
     cos, sin = rope_tables(torch.arange(1, 6), d_head, 100.0, b.dtype)
-    return torch.allclose(operation(apply_rope(b, cos, sin)), apply_rope(operation(b), cos, sin), rtol=1e-9)
+    return torch.allclose(
+        operation(apply_rope(b, cos, sin)),
+        apply_rope(operation(b), cos, sin),
+        rtol=1e-9,
+    )
     # From the left, unit length, a number: yes. From the right (MLA's up-projection), a gain for each feature, a bias: no.
 
 

@@ -14,10 +14,11 @@
 # **You will be able to**
 #
 # - turn a Hugging Face LLaMA into a T6 with fixed-A TPA that gives the same logits, and say what each step undoes;
+# - use any T6 as a transformers model: padded batches, beam search, sampling, `Trainer`, adapters;
 # - put TPA into a LLaMA as `self_attn`, so that `model.generate` goes on working;
 # - carry the authors' T6 checkpoints to this package and back;
 # - take a trained model down in rank, measure the error, and explain why contextual factors do not simply fit;
-# - save, load and publish a model with its config.
+# - save, load and publish a model with its config, and say what survives that.
 #
 # **You need** notebook 04 (MHA, MQA and GQA as TPA); 03 for RoPE's sense of rotation; 11 for fixed A.
 #
@@ -66,15 +67,15 @@ print(
 #
 # | LLaMA (in transformers) | T6 | undone by |
 # |---|---|---|
-# | RoPE turns by $+\theta$ | turns by $-\theta$ | negating half the rows of $W_q$ and $W_k$ |
+# | RoPE rotates by $+\theta$ | rotates by $-\theta$ | negating half the rows of $W_q$ and $W_k$ |
 # | RMSNorm has a gain | has none | multiplying the gain into the next matrix |
-# | RMSNorm has its own eps | torch's default | a norm with that eps, given to the trunk |
-# | output matrix of its own | the embedding again | a subclass, `LlamaT6` |
+# | RMSNorm has its own eps | torch's default | a norm with that eps, set in the backbone |
+# | output layer of its own | the embedding again | a subclass, `LlamaT6` |
 # | norms and rotary tables in float32, always | as wide as the model | doing the same, if asked to compare in float64 |
 #
 # The first is the prettiest. Write $x T_t$ for our rotation; LLaMA has $x T_t^\top$. With $D$ the diagonal matrix of
-# $+1$ on the first half of a head's features and $-1$ on the second, $D\,T_t\,D = T_t^\top$: mirroring, turning and
-# mirroring back turns the other way. So feed our RoPE mirrored queries and keys. The mirror cancels in
+# $+1$ on the first half of a head's features and $-1$ on the second, $D\,T_t\,D = T_t^\top$: mirroring, rotating and
+# mirroring back rotates the other way. So feed our RoPE mirrored queries and keys. The mirror cancels in
 # $(q D)(k D)^\top = q k^\top$.
 
 # %% claim="llama-rotation"
@@ -82,11 +83,11 @@ x = torch.randn(1, 5, 3, 8, dtype=torch.float64)
 D = torch.tensor([1.0] * 4 + [-1.0] * 4, dtype=torch.float64)
 cos, sin = rope_tables(torch.arange(5), 8, 10000.0, torch.float64)
 assert_close(apply_rope(x * D, cos, sin) * D, apply_rope(x, cos, -sin))
-print("mirror, turn, mirror = turn the other way")
+print("mirror, rotate, mirror = rotate the other way")
 
 # %% [markdown]
 # The gain of a norm is as easy: $W(g\odot x) = (W\,\mathrm{diag}(g))\,x$, so column $j$ of the matrix that follows is
-# multiplied by $g_j$. The last norm's gain goes into the output matrix, which therefore can no longer be the embedding.
+# multiplied by $g_j$. The last norm's gain goes into the output layer, which therefore can no longer be the embedding.
 #
 # Group $j$ of GQA becomes rank $j$, with a constant head factor that is $G$ on the group's heads and 0 elsewhere; the
 # $G$ cancels $1/R$. Altogether:
@@ -140,16 +141,75 @@ if have_transformers:
             assert (error < 1e-9) == in_float32
 
 # %% [markdown]
-# ## Inside transformers
-#
-# The other way to bring TPA and a LLaMA together: leave the model where it is and exchange `self_attn`. Then sampling,
-# beam search and the rest of `generate` need no rewriting. The recipe is `convert.LlamaSelfAttention`, some twenty
-# lines. Its cache is transformers' own `DynamicCache`, which stores whatever two tensors it is handed: instead of keys
-# and values we hand it, rank by rank, $(a_k, b_k)$ and $(a_v, b_v)$ side by side. Fixed A has no $a$ to store.
+# What has no place in a T6 is refused, not dropped: biases, adapters that are not merged, layers of a class of one's
+# own, a window of attention shorter than the text. Mistral and Qwen2 are LLaMA with a window and with biases, and
+# convert where they have neither.
 
 # %%
 if have_transformers:
-    llama = llama.float()
+    biased = transformers.LlamaConfig(
+        **{**config.to_diff_dict(), "attention_bias": True}
+    )
+    biased = transformers.LlamaForCausalLM(biased)
+    torch.nn.init.ones_(biased.model.layers[0].self_attn.k_proj.bias)
+    try:
+        convert.llama_to_t6(biased)
+    except ValueError as error:
+        print(error)
+
+# %% [markdown]
+# ## T6 as a transformers model
+#
+# `T6ForCausalLM` wraps any T6, with any attention of this package, as transformers wants a model: thin, since all that
+# computes is `tpa.py`. `generate` then brings sampling, beam search and assisted decoding, and `Trainer` and PEFT work.
+# What you meet first is the ragged batch: prompts of unequal lengths are padded on the left, and a mask says so.
+
+# %%
+if have_transformers:
+    wrapped = convert.T6ForCausalLM(convert.llama_to_t6(llama.float()))
+    prompts = [tokens[:1, :7], tokens[1:, :20]]
+    batch = torch.full((2, 20), 255)
+    batch[0, -7:], batch[1] = prompts[0], prompts[1]
+    options = dict(max_new_tokens=12, do_sample=False, pad_token_id=255)
+    together = wrapped.generate(batch, attention_mask=batch != 255, **options)
+    for prompt, row in zip(prompts, together):
+        alone = wrapped.model.generate(prompt, 12, temperature=0)
+        assert torch.equal(row[-12:], alone[0, -12:])
+    print("a padded batch writes what each prompt writes alone")
+
+# %% [markdown]
+# Why does padding on the left change nothing? The padding is masked, and it moves all of a row's positions by the same
+# amount, of which RoPE sees nothing. Packed texts, holes in the mask and positions of one's own are another matter: T6
+# counts one by one, and so the wrapper refuses them.
+#
+# The cache in there is a `FactorCache` per layer. Here is what beam search holds of one layer.
+
+# %%
+if have_transformers:
+    beams = wrapped.generate(
+        batch,
+        attention_mask=batch != 255,
+        num_beams=3,
+        return_dict_in_generate=True,
+        **options,
+    )
+    kept = beams.past_key_values.layers[0].factors
+    print(
+        "(batch x beams, positions, ranks, width) of b_k:",
+        tuple(kept.view(0, kept.length)[1].shape),
+    )
+
+# %% [markdown]
+# ## TPA in another model
+#
+# The other way to bring TPA and a LLaMA together: leave the model where it is and exchange `self_attn`, by
+# `convert.LlamaSelfAttention`. Its cache is transformers' own `DynamicCache`, which stores whatever two tensors it is
+# given: instead of keys and values it gets, rank by rank, $(a_k, b_k)$ and $(a_v, b_v)$ side by side. Fixed A has no $a$
+# to store. What `save_pretrained` writes after this, fine-tuned or not, is a LLaMA again, since fixed A with the masks
+# of groups *is* LLaMA's attention.
+
+# %%
+if have_transformers:
     before = llama.generate(tokens, max_new_tokens=20, num_beams=3, do_sample=False)
     convert.use_tpa(llama)
     result = llama.generate(
@@ -160,12 +220,12 @@ if have_transformers:
         return_dict_in_generate=True,
     )
     assert torch.equal(result.sequences, before)
-    held = result.past_key_values.layers[0].keys
+    kept = result.past_key_values.layers[0].keys
     print(
         type(llama.model.layers[0].self_attn.attention).__name__,
         "generates the same; b_k of one layer:",
     )
-    print("(batch x beams, ranks, positions, d_head) =", tuple(held.shape))
+    print("(batch x beams, ranks, positions, d_head) =", tuple(kept.shape))
 
 # %% [markdown]
 # To put a *contextual* TPA there, wrap it: `convert.LlamaSelfAttention(TensorProductAttention(config), layer_idx)`. It
@@ -243,7 +303,7 @@ print(f"GQA, and the TPA that it became: held-out loss {gqa_loss:.2f} nats per t
 #   linear map of $x_t$ need produce its factors;
 # - **fixed A**: one set of head factors for all tokens. The best is known in closed form: the leading eigenvectors of
 #   $\sum_t K_t K_t^\top$ (`convert.fit_fixed`), and $B$ is then a linear map of $x_t$ by itself;
-# - **contextual**: both factors linear in $x_t$, as TPA has them. With one held, the other is a linear regression, so
+# - **contextual**: both factors linear in $x_t$, as TPA has them. With one fixed, the other is a linear regression, so
 #   we alternate (`convert.fit_contextual`).
 
 # %%
@@ -391,15 +451,35 @@ assert cut[0] > cut[3] and tuned[0] < cut[0]
 #
 # ## Save, load, publish
 #
-# Any T6 of this package goes into a folder as `model.safetensors` and `config.json`, and comes back from it. Reading
-# executes nothing: the config names an attention from a fixed list, and tensors are only tensors.
+# Any T6 of this package goes into a folder as `model.safetensors` and `config.json`, and comes back from it. A training
+# run's checkpoints are such folders, and transformers opens them too. Reading executes nothing: the config names an
+# attention from a fixed list, and tensors are only tensors. Before anything is built, the config is compared with the
+# shapes that the file of weights lists.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
     convert.save_pretrained(small, folder)
     print(sorted(os.listdir(folder)))
     again = convert.from_pretrained(folder)
-assert torch.equal(again(sample[:1]), small(sample[:1]))
+    assert torch.equal(again(sample[:1]), small(sample[:1]))
+    if have_transformers:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(theirs(sample[:1]).logits, small(sample[:1]))
+        print(type(theirs).__name__, "reads the same two files")
+
+# %% [markdown]
+# What survives such a round trip: weights bit for bit, their dtype, sizes, the kind of attention, the rotation of a
+# converted LLaMA, and which weights are frozen. What does not: a class, a norm or a rotation of your own, or layers that
+# differ among each other. Saving such a model is refused, since another one would come back.
+
+# %%
+odd = T6(sizes)
+odd.blocks[1].attention.rope = odd.blocks[1].attention.rope._replace(base=500000.0)
+try:
+    convert.save_pretrained(odd, "never-made")
+except ValueError as error:
+    print(error)
+assert not os.path.exists("never-made")
 
 # %% [markdown]
 # With a hub account, `convert.push_to_hub(model, "you/your-t6")` and `convert.from_pretrained("you/your-t6")` do the
@@ -560,9 +640,11 @@ checks.ex12_4(largest_ranks)
 # %% [markdown]
 # ## Summary
 #
-# - A LLaMA becomes a T6 with fixed-A TPA by mirrored weights, folded gains, its own eps and its own output matrix; the
+# - A LLaMA becomes a T6 with fixed-A TPA by mirrored weights, folded gains, its own eps and its own output layer; the
 #   logits are equal, and float64 shows it once transformers' float32 islands are imitated.
-# - Factors fit into transformers' own cache, so `generate` works with TPA as `self_attn`.
+# - `T6ForCausalLM` makes any T6 a transformers model, padded batches included. Factors also fit into transformers' own
+#   cache, so `generate` works with TPA as `self_attn`.
+# - What a file cannot describe or a T6 cannot honour is refused: a wrong model that loads is worse than none.
 # - The authors' checkpoints differ in names and in the order of the head factors' rows.
 # - Fixed A goes down in rank in closed form, at a price. Contextual factors, fitted afterwards, imitate a trained
 #   linear key only as far as its inputs lie to one side, because products of linear maps are even. Train them instead.

@@ -59,7 +59,9 @@ with contextlib.redirect_stdout(None):
     result = train.train(settings, progress=False)
 subject = evaluate.open_model(str(result.out))
 model, tokenizer = subject.model, subject.run.tokenizer
-print(f"{model.num_parameters():,} weights; held-out loss {result.metrics[-1]['val_loss']:.2f} nats")
+print(
+    f"{model.num_parameters():,} weights; held-out loss {result.metrics[-1]['val_loss']:.2f} nats"
+)
 
 # %% [markdown]
 # ## 2 · One question, by hand
@@ -83,13 +85,17 @@ def log_likelihood_of(ending):
     with torch.no_grad():
         logits = model(torch.tensor([head + tail]))[0]  # (T, V)
     log_p = logits.log_softmax(-1)
-    places = range(len(head) - 1, len(head) + len(tail) - 1)  # each token is predicted one place before it stands
+    places = range(
+        len(head) - 1, len(head) + len(tail) - 1
+    )  # each token is predicted one place before it stands
     return [log_p[place, token].item() for place, token in zip(places, tail)]
 
 
 # %%
 for token, log_p in zip(tokenizer.encode(endings[0]), log_likelihood_of(endings[0])):
-    print(f"{tokenizer.decode([token])!r:10} p = {math.exp(log_p):6.1%}   log p = {log_p:6.2f}")
+    print(
+        f"{tokenizer.decode([token])!r:10} p = {math.exp(log_p):6.1%}   log p = {log_p:6.2f}"
+    )
 print(f"sum = {sum(log_likelihood_of(endings[0])):.2f}")
 
 # %% [markdown]
@@ -121,7 +127,9 @@ def log_likelihood(logits, tokens, n_context):
 
 # %% tags=["solution"]
 def log_likelihood(logits, tokens, n_context):
-    log_p = logits[n_context - 1 : -1].log_softmax(-1)  # the rows that predict the ending
+    log_p = logits[n_context - 1 : -1].log_softmax(
+        -1
+    )  # the rows that predict the ending
     return log_p.gather(1, tokens[n_context:, None]).sum()
 
 
@@ -139,16 +147,31 @@ letters = [len(ending.strip()) for ending in endings]
 per_letter = [score / n for score, n in zip(sums, letters)]
 fig, axes = plt.subplots(1, 2, figsize=(7.4, 2.6), sharey=True)
 names = [ending.strip()[:22] + ("…" if len(ending) > 23 else "") for ending in endings]
-for ax, scores, label in zip(axes, (sums, per_letter), ("sum [nats]", "per letter [nats]")):
+for ax, scores, label in zip(
+    axes, (sums, per_letter), ("sum [nats]", "per letter [nats]")
+):
     best = int(np.argmax(scores))
     styles = [looks.COLOURS[0] if i == best else "0.5" for i in range(len(endings))]
-    ax.barh(names, scores, color=styles, hatch=["//" if i == best else "" for i in range(len(endings))])
+    ax.barh(
+        names,
+        scores,
+        color=styles,
+        hatch=["//" if i == best else "" for i in range(len(endings))],
+    )
     ax.set(xlabel=label)
     ax.invert_yaxis()
 axes[0].invert_yaxis()
-fig.suptitle("The sum prefers two tokens of nothing; per letter, the story wins", x=0.02, ha="left", fontsize=12)
+fig.suptitle(
+    "The sum prefers two tokens of nothing; per letter, the story wins",
+    x=0.02,
+    ha="left",
+    fontsize=12,
+)
 picked = [names[int(np.argmax(scores))] for scores in (sums, per_letter)]
-looks.show(fig, f"Bars of four endings: by the sum, '{picked[0]}' is highest, per letter '{picked[1]}'.")
+looks.show(
+    fig,
+    f"Bars of four endings: by the sum, '{picked[0]}' is highest, per letter '{picked[1]}'.",
+)
 
 # %% [markdown]
 # Blue is the pick. The story was right and loses by the sum. Neither rule is neutral, though. Take a model that knows
@@ -172,7 +195,9 @@ def picks(log_likelihoods, endings):
 
 # %% tags=["solution"]
 def picks(log_likelihoods, endings):
-    per_letter = [score / len(ending.strip()) for score, ending in zip(log_likelihoods, endings)]
+    per_letter = [
+        score / len(ending.strip()) for score, ending in zip(log_likelihoods, endings)
+    ]
     return tuple(scores.index(max(scores)) for scores in (log_likelihoods, per_letter))
 
 
@@ -193,7 +218,9 @@ checks.ex13_2(picks)
 draw = np.random.default_rng(0)
 n, p = 400, 0.25
 scores = (draw.random((1000, n)) < p).mean(axis=1)
-print(f"from {scores.min():.1%} to {scores.max():.1%}; standard deviation {scores.std():.2%}")
+print(
+    f"from {scores.min():.1%} to {scores.max():.1%}; standard deviation {scores.std():.2%}"
+)
 print(f"the formula says {math.sqrt(p * (1 - p) / n):.2%}")
 assert abs(scores.std() / math.sqrt(p * (1 - p) / n) - 1) < 0.1
 
@@ -219,10 +246,26 @@ ax.axhline(0.5, color="black", linestyle=":", linewidth=1.2)
 ax.text(1e7, 0.505, "a coin", ha="right", va="bottom")
 for x in (1_000, 35_507, 1_000_000):
     ax.plot(x, share_won(x), "o", color=looks.COLOURS[1])
-    ax.annotate(f"{x:,}: {share_won(x):.0%}", (x, share_won(x)), xytext=(-6, 8), textcoords="offset points", ha="right")
-ax.set(xscale="log", xlabel="questions", ylabel="the better model is ahead", ylim=(0.45, 1.02))
-ax.set_title("With the questions of all nine tasks, 46.3 % is ahead of 46.2 % six times in ten")
-looks.show(fig, "How often 46.3 % is ahead of 46.2 %: 52 % of times with 1,000 questions, 92 % with a million.")
+    ax.annotate(
+        f"{x:,}: {share_won(x):.0%}",
+        (x, share_won(x)),
+        xytext=(-6, 8),
+        textcoords="offset points",
+        ha="right",
+    )
+ax.set(
+    xscale="log",
+    xlabel="questions",
+    ylabel="the better model is ahead",
+    ylim=(0.45, 1.02),
+)
+ax.set_title(
+    "With the questions of all nine tasks, 46.3 % is ahead of 46.2 % six times in ten"
+)
+looks.show(
+    fig,
+    "How often 46.3 % is ahead of 46.2 %: 52 % of times with 1,000 questions, 92 % with a million.",
+)
 
 # %% [markdown]
 # The middle dot is at the number of questions that all nine tasks of the paper have together (§5).
@@ -264,9 +307,13 @@ assert set(questions) == set(evaluate.PAPER_TASKS)
 # p (1 - p) is a quarter at most, and each task counts a ninth, however many questions it has.
 error = 100 * math.sqrt(sum(0.25 / n for n in questions.values())) / 9
 of_difference = math.sqrt(2) * error
-print(f"{sum(questions.values()):,} questions; standard error of an average at most {error:.2f} points,")
+print(
+    f"{sum(questions.values()):,} questions; standard error of an average at most {error:.2f} points,"
+)
 print(f"of the difference of two at most {of_difference:.2f}")
-print(f"as if {0.25 / (error / 100) ** 2:,.0f} questions had been asked; 46.2 and 46.3 need 1.9 million")
+print(
+    f"as if {0.25 / (error / 100) ** 2:,.0f} questions had been asked; 46.2 and 46.3 need 1.9 million"
+)
 
 # %% [markdown]
 # The small tasks spoil it: OpenBookQA's 500 questions weigh as much as MMLU's 14,042. Now the averages, with such an
@@ -279,19 +326,33 @@ for k, name in enumerate(evaluate.PAPER_MECHANISMS):
     x = np.arange(len(rows)) + 0.12 * (k - 2.5)
     y = [evaluate.PAPER_AVERAGES[row][k] for row in rows]
     look = looks.of(name)
-    ax.errorbar(x, y, yerr=error, color=look.colour, marker=look.marker, linestyle="", linewidth=1, label=name.upper())
+    ax.errorbar(
+        x,
+        y,
+        yerr=error,
+        color=look.colour,
+        marker=look.marker,
+        linestyle="",
+        linewidth=1,
+        label=name.upper(),
+    )
 ax.set_xticks(range(len(rows)), [f"{size}\n{shots}-shot" for size, shots in rows])
 ax.set(ylabel="average of nine tasks [%]")
 ax.legend(ncols=3, fontsize=8, loc="lower right")
 ax.set_title("Within a size the mechanisms mostly lie inside each other's errors")
-looks.show(fig, "The paper's averages with error bars of one standard error; within a size most of them overlap.")
+looks.show(
+    fig,
+    "The paper's averages with error bars of one standard error; within a size most of them overlap.",
+)
 
 # %% claim="paper-averages"
 pairs = beyond = 0
 for (size, shots), averages in evaluate.PAPER_AVERAGES.items():
     row = dict(zip(evaluate.PAPER_MECHANISMS, averages))
     best = max(row, key=row.get)
-    gaps = [abs(a - b) / of_difference for i, a in enumerate(averages) for b in averages[:i]]
+    gaps = [
+        abs(a - b) / of_difference for i, a in enumerate(averages) for b in averages[:i]
+    ]
     pairs, beyond = pairs + len(gaps), beyond + sum(gap > 1.96 for gap in gaps)
     ahead = (row["tpa"] - row["mha"]) / of_difference
     print(
@@ -380,19 +441,37 @@ for report in longer:
 fig, ax = plt.subplots(figsize=(7, 3.4))
 everyone = [before, after, *longer]
 losses = [report["results"]["heldout"]["0"]["loss,none"] for report in everyone]
-for task, marker, line, colour in zip(evaluate.LESSONS, "os^", ("-", "--", ":"), looks.COLOURS):
+for task, marker, line, colour in zip(
+    evaluate.LESSONS, "os^", ("-", "--", ":"), looks.COLOURS
+):
     found = [report["results"][task]["0"] for report in everyone]
-    values, errors = ([100 * f[key] for f in found] for key in ("acc,none", "acc_stderr,none"))
+    values, errors = (
+        [100 * f[key] for f in found] for key in ("acc,none", "acc_stderr,none")
+    )
     label = task.removeprefix("lessons_")
-    ax.errorbar(losses, values, yerr=errors, marker=marker, linestyle=line, color=colour, label=label, capsize=2)
+    ax.errorbar(
+        losses,
+        values,
+        yerr=errors,
+        marker=marker,
+        linestyle=line,
+        color=colour,
+        label=label,
+        capsize=2,
+    )
 ax.axhline(25, color="black", linestyle=":", linewidth=1.2)
 ax.text(7.2, 26, "chance", va="bottom")
-ax.set(xlabel="held-out loss [nats per token]", ylabel="acc [%], one standard error", ylim=(0, 104))
+ax.set(
+    xlabel="held-out loss [nats per token]",
+    ylabel="acc [%], one standard error",
+    ylim=(0, 104),
+)
 ax.invert_xaxis()
 ax.legend(loc="upper left")
 ax.set_title("From left to right: the loss falls first, the answers come late")
 looks.show(
-    fig, "Accuracy against held-out loss: near or below chance until a loss of 1.5, then spelling, counting, recall."
+    fig,
+    "Accuracy against held-out loss: near or below chance until a loss of 1.5, then spelling, counting, recall.",
 )
 assert losses[1] < 0.5 * losses[0]
 
