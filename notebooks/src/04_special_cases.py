@@ -241,6 +241,8 @@ for name, G in mechanisms.items():
         assert_close(ours, theirs, rtol=1e-12, atol=1e-11)
     worst = [(ours - theirs).abs().max() for ours, theirs in zip(*found)]
     rows.append([name, *(f"{value:.0e}" for value in worst)])
+
+# %% tags=["hide-input"]
 header = ["", "output", "gradient of x", "of W_qkv", "of W_out"]
 looks.table(header, rows, "Largest difference between a layer and its TPA")
 
@@ -257,7 +259,7 @@ looks.table(header, rows, "Largest difference between a layer and its TPA")
 # layer stores $B$ only: $(R_K + R_V)\,d_h$ numbers per token. Put in the ranks, and nothing has been gained or lost:
 # MHA as TPA ($R = h$) caches $2 h d_h$, what MHA caches. Decode token by token and weigh:
 
-# %% tags=["nbval-check-output"] claim="table-1-fixed-a"
+# %% claim="table-1-fixed-a"
 rows = []
 for name, (layer, tpa) in pairs.items():
     caches = layer.new_cache(batch_size=B), tpa.new_cache(batch_size=B)
@@ -267,6 +269,8 @@ for name, (layer, tpa) in pairs.items():
         assert_close(*one)
     formula = 2 * mechanisms[name] * d_head * B * T * 8  # 8 bytes per float64 number
     rows.append([name, *(cache.nbytes for cache in caches), formula])
+
+# %% tags=["hide-input", "nbval-check-output"]
 header = ["", "bytes", "bytes as TPA", "2 G d_h · B · T · 8"]
 looks.table(header, rows, f"Caches of {B} × {T} tokens in float64, measured")
 
@@ -274,7 +278,7 @@ looks.table(header, rows, f"Caches of {B} × {T} tokens in float64, measured")
 # A careless implementation would store $A$ for every token as well. With $R = h$ "MHA as TPA" would then weigh *more*
 # than MHA. For a layer with 32 heads of width 128, per token:
 
-# %% tags=["nbval-check-output"]
+# %%
 n, d = 32, 128
 rows = [
     ["MHA, or MHA as fixed-A TPA", "2 h d_h", 2 * n * d],
@@ -284,6 +288,8 @@ rows = [
     ["TPA, contextual, R_K = R_V = 2", "(R_K + R_V)(h + d_h)", 4 * (n + d)],
     ["TPA, fixed A, R_K = R_V = 2", "(R_K + R_V) d_h", 4 * d],
 ]
+
+# %% tags=["hide-input", "nbval-check-output"]
 looks.table(["", "formula", "numbers"], rows, "Cached per token at h = 32, d_h = 128")
 
 # %% [markdown]
@@ -346,7 +352,7 @@ looks.show(fig, alt)
 # What differs shows only when you look at *many* tokens: put their key matrices side by side, $h \times (T \cdot d_h)$,
 # and ask for the rank of that.
 
-# %% tags=["nbval-check-output"]
+# %%
 rank = torch.linalg.matrix_rank
 tokens, rows = torch.randn(1, 20, d_model).double(), []
 for attention in (FixedHeadFactors, TensorProductAttention):
@@ -357,8 +363,10 @@ for attention in (FixedHeadFactors, TensorProductAttention):
     K = assemble(a_k, b_k)[0]  # (T, h, d_h)
     side_by_side = K.transpose(0, 1).flatten(1)  # (h, T · d_h)
     rows.append([attention.__name__, rank(K[0]).item(), rank(side_by_side).item()])
-looks.table(["layer", "one token", "20 tokens side by side"], rows, "Rank of the keys")
 assert [row[1:] for row in rows] == [[2, 2], [2, h]]
+
+# %% tags=["hide-input", "nbval-check-output"]
+looks.table(["layer", "one token", "20 tokens side by side"], rows, "Rank of the keys")
 
 # %% [markdown]
 # With fixed A, all tokens together only ever use the same two patterns over heads: the heads are tied together for
@@ -469,11 +477,13 @@ with sdpa_kernel(SDPBackend.MATH):  # the kernel that vmap can widen
         accuracy[name] = train(attention, rank)
         last = accuracy[name][-20:].mean(0)  # of the last 20 steps, for each seed
         rows.append([name, cached, *(f"{value:.2f}" for value in last)])
-header = ["layer", "numbers cached per token", "seed 0", "seed 1", "seed 2"]
-looks.table(header, rows, f"Words recalled after {steps} steps, as a fraction")
 worst = accuracy["contextual, R = 1"][-20:].mean(0).min()
 fixed = [curve for name, curve in accuracy.items() if name.startswith("fixed")]
 assert worst > max(curve[-20:].mean(0).max() for curve in fixed)
+
+# %% tags=["hide-input"]
+header = ["layer", "numbers cached per token", "seed 0", "seed 1", "seed 2"]
+looks.table(header, rows, f"Words recalled after {steps} steps, as a fraction")
 
 # %% tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(7.5, 3.8))
@@ -492,7 +502,7 @@ ax.set(xlabel="training step", ylabel="words recalled (fraction)")
 ax.set_xticks(range(0, steps + 1, steps // 5))
 ax.set_title("Contextual head factors learn what fixed ones did not")
 alt = "Words recalled against the step: the contextual layer climbs to nearly all, "
-alt += "fixed A of ranks 1, 2 and 4 stays far below, with a wide band over the seeds."
+alt += "fixed A of ranks 1, 2 and 4 stays far below."
 looks.show(fig, alt)
 
 # %% [markdown]
@@ -505,7 +515,7 @@ looks.show(fig, alt)
 # minutes, so their results are kept in the package, in `experiments/results/recall.json`. To repeat the first, set
 # `TPA_FULL=1`; for the second, `d_head=8` in `Listener`.
 
-# %% tags=["nbval-check-output"]
+# %%
 from pathlib import Path
 
 from tpa_minimal import experiments
@@ -516,6 +526,8 @@ rows = []
 for run in read_json(kept)["rows"]:
     seeds = [f"{value:.2f}" for value in run["accuracy"]]
     rows.append([run["layer"], run["d_head"], run["steps"], *seeds])
+
+# %% tags=["hide-input", "nbval-check-output"]
 header = ["layer", "d_h", "steps", "seed 0", "seed 1", "seed 2"]
 looks.table(header, rows, "Words recalled, as a fraction, in longer runs")
 

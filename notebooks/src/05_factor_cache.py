@@ -78,13 +78,15 @@ class MinimalTPA(nn.Module):
         return self.out_proj(heads.flatten(2))
 
 
-# %% tags=["nbval-check-output"]
+# %%
 config = T6Config.for_layer(d_model=64, n_head=8, d_head=16, max_len=64)
 minimal = MinimalTPA(config).double()  # in float64 "the same" means ten digits or more
 x = torch.randn(2, 32, 64, dtype=torch.float64)  # (B, T, d_model)
 factors = minimal.factors
 names = ("a_q", "b_q", "a_k", "b_k", "a_v", "b_v")
 rows = [[name, str(tuple(factor.shape))] for name, factor in zip(names, factors(x))]
+
+# %% tags=["hide-input", "nbval-check-output"]
 looks.table(["factor", "shape (B, T, R, h or d_h)"], rows, "Six factors of 32 tokens")
 
 # %% [markdown]
@@ -361,7 +363,7 @@ assert_same(together[:1], expected[:1])
 # %% [markdown]
 # ## 7 · Bytes: measured = formula
 
-# %% claim="cache-size" tags=["nbval-check-output"]
+# %% claim="cache-size"
 rows = []
 for name in ("tiny", "small-124M", "xl-1.5B"):
     c = T6Config.preset(name)
@@ -372,6 +374,8 @@ for name in ("tiny", "small-124M", "xl-1.5B"):
     formula = (c.rank_k + c.rank_v) * (c.n_head + c.d_head)
     assert cache.nbytes == formula * 2 * 70 * 3  # numbers × bytes × tokens × sequences
     rows.append([name, 2 * c.n_head * c.d_head, formula, cache.nbytes])
+
+# %% tags=["hide-input", "nbval-check-output"]
 header = ["model", "numbers of K and V", "numbers of their factors", "bytes cached"]
 looks.table(header, rows, "Per token and layer; bytes of 3 × 70 tokens in bfloat16")
 
@@ -416,12 +420,14 @@ assert list(numbers.values()) == [4352, 1536, 392, 288, 256, 128]
 # at a low rank. With high ranks it turns round: $(R_K + R_V)(h + d_h)$ exceeds MHA's $2\,h\,d_h$ once
 # $R_K + R_V > 2\,h\,d_h / (h + d_h)$:
 
-# %% tags=["nbval-check-output"]
+# %%
 rows = []
 for h, d_h in ((8, 16), (34, 64), (64, 128)):
     mha, per_rank = 2 * h * d_h, h + d_h
     ratios = [f"{mha / (ranks * per_rank):.1f}×" for ranks in (2, 4)]
     rows.append([f"h = {h}, d_h = {d_h}", mha, *ratios, f"{mha / per_rank:.1f}"])
+
+# %% tags=["hide-input", "nbval-check-output"]
 header = ["heads", "MHA's numbers", "ranks 1", "ranks 2", "even at R_K + R_V ="]
 looks.table(header, rows, "How many times less TPA caches than MHA with the same heads")
 
@@ -508,7 +514,7 @@ TESTS = {
     "truncated": truncated,
 }
 
-# %% tags=["nbval-check-output"]
+# %%
 BUGS = [RestartsPositions, RotatesAgain, MasksFromTheLeft]
 BUGS += [DecodesWithoutMask, RemembersInTheModule, CountsTokensItself]
 
@@ -526,6 +532,8 @@ rows = []
 for kind in [TensorProductAttention, *BUGS]:
     wrong = [error(kind, test).max() > 1e-10 for test in TESTS.values()]
     rows.append([kind.__name__, *("WRONG" if found else "ok" for found in wrong)])
+
+# %% tags=["hide-input", "nbval-check-output"]
 looks.table(["layer", *TESTS], rows, "Which test notices which bug")
 
 # %% [markdown]

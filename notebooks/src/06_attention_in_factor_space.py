@@ -94,22 +94,22 @@ alt = "The six steps of the picture above, one after the other"
 looks.animate([fig for fig, _ in drawn], alt, 1500, 4000)
 
 # %% [markdown]
-# Now the algebra, which says the same. Put Eq. 3.1 for $Q$ and for $K$ into the score of head $i$, query $t$, key $s$,
+# Now the algebra, which says the same. Put Eq. 3.1 for $Q$ and for $K$ into the score of head $i$, query $t$, key $j$,
 # and multiply out. Each of the two is a sum over ranks, so their product is a double sum:
 #
 # $$
 # \begin{aligned}
-# L_{i,t,s} &= \frac{1}{\sqrt{d_h}}\Bigl(\tfrac{1}{R_Q}\sum_r a^Q_{t,r,i}\,b^Q_{t,r}\Bigr)\cdot
-#   \Bigl(\tfrac{1}{R_K}\sum_u a^K_{s,u,i}\,b^K_{s,u}\Bigr) \\
-# &= \frac{1}{R_Q R_K \sqrt{d_h}} \sum_{r,u} a^Q_{t,r,i}\; a^K_{s,u,i}\; P_{t,s,r,u},
-# \qquad P_{t,s,r,u} = \langle b^Q_{t,r}, b^K_{s,u}\rangle
+# L_{i,t,j} &= \frac{1}{\sqrt{d_h}}\Bigl(\tfrac{1}{R_Q}\sum_r a^Q_{t,r,i}\,b^Q_{t,r}\Bigr)\cdot
+#   \Bigl(\tfrac{1}{R_K}\sum_u a^K_{j,u,i}\,b^K_{j,u}\Bigr) \\
+# &= \frac{1}{R_Q R_K \sqrt{d_h}} \sum_{r,u} a^Q_{t,r,i}\; a^K_{j,u,i}\; P_{t,j,r,u},
+# \qquad P_{t,j,r,u} = \langle b^Q_{t,r}, b^K_{j,u}\rangle
 # \end{aligned}
 # $$
 #
 # For the scores, all heads share the only products that run over $d_h$; that is where the paper's saving comes from.
 # The output is simpler still, since the weights $\alpha$ multiply $V$ linearly:
 #
-# $$ O_{i,t} = \frac{1}{R_V}\sum_s \sum_u \alpha_{i,t,s}\, a^V_{s,u,i}\, b^V_{s,u}. $$
+# $$ O_{i,t} = \frac{1}{R_V}\sum_j \sum_u \alpha_{i,t,j}\, a^V_{j,u,i}\, b^V_{j,u}. $$
 #
 # As loops, for one sequence and one query at the end of $M$ tokens, counting each multiply–add:
 
@@ -119,15 +119,15 @@ def decode_with_loops(a_q, b_q, a_k, b_k, a_v, b_v):
     (R_Q, h), (M, R_K, d_h), R_V = a_q.shape, b_k.shape, b_v.shape[1]
     scores, out = torch.zeros(h, M).double(), torch.zeros(h, d_h).double()
     scale, count = R_Q * R_K * d_h**0.5, 0
-    for s, r, u in product(range(M), range(R_Q), range(R_K)):
-        p = sum(b_q[r, e] * b_k[s, u, e] for e in range(d_h))  # once for all heads
+    for j, r, u in product(range(M), range(R_Q), range(R_K)):
+        p = sum(b_q[r, e] * b_k[j, u, e] for e in range(d_h))  # once for all heads
         count += d_h
         for i in range(h):
-            scores[i, s] += a_q[r, i] * a_k[s, u, i] * p / scale
+            scores[i, j] += a_q[r, i] * a_k[j, u, i] * p / scale
             count += 1
     alpha = scores.softmax(-1)
-    for s, u, i, e in product(range(M), range(R_V), range(h), range(d_h)):
-        out[i, e] += alpha[i, s] * a_v[s, u, i] * b_v[s, u, e] / R_V
+    for j, u, i, e in product(range(M), range(R_V), range(h), range(d_h)):
+        out[i, e] += alpha[i, j] * a_v[j, u, i] * b_v[j, u, e] / R_V
         count += 1
     return out, count
 
@@ -179,7 +179,7 @@ torch.testing.assert_close(algorithm_1(*many, mask), expected, rtol=0, atol=1e-1
 # Sums can be done in any order. In a decode step there are few queries, so one may assemble **q** (never $K$) and
 # compare it with each $b_k$: that is the right column of the picture,
 #
-# $$ L_{i,t,s} = \frac{1}{R_K\sqrt{d_h}}\sum_u a^K_{s,u,i}\,\langle q_{t,i}, b^K_{s,u}\rangle . $$
+# $$ L_{i,t,j} = \frac{1}{R_K\sqrt{d_h}}\sum_u a^K_{j,u,i}\,\langle q_{t,i}, b^K_{j,u}\rangle . $$
 #
 # $R_Q$ has vanished from the cost per cached token, but the products over $d_h$ are per head again. Here are all orders
 # on one page, counted as above, for the paper's small model and for a layer of its speed figures:
@@ -202,7 +202,7 @@ def mha_cost(h, d_h, *ranks):
     return 2 * h * d_h
 
 
-# %% tags=["nbval-check-output"]
+# %%
 SIZES = (34, 64, 6, 2, 2), (64, 128, 16, 1, 1)
 ORDERS = {
     "P first (Algorithm 1)": ("R_Q R_K d_h + h R_Q R_K + h R_V d_h", tpa_cost, "–"),
@@ -213,6 +213,8 @@ ORDERS = {
 rows = []
 for name, (formula, cost, used) in ORDERS.items():
     rows.append([name, formula, *(cost(*size) for size in SIZES), used])
+
+# %% tags=["hide-input", "nbval-check-output"]
 header = ["order", "multiply–adds", "34 × 64 (6, 2, 2)", "64 × 128 (16, 1, 1)", "for"]
 looks.table(header, rows, "Per cached token and query; the module uses two of them")
 
@@ -274,6 +276,8 @@ rows = []
 for order, count in zip((queries_first, features_first), counts):
     measured = milliseconds(order, *step[:4])
     rows.append([order.__name__.replace("_", " "), count, f"{measured:.1f} ms"])
+
+# %% tags=["hide-input"]
 header = ["order", "multiply–adds", "time"]
 looks.table(header, rows, "The scores of 16,384 cached tokens")
 
@@ -285,7 +289,7 @@ looks.table(header, rows, "The scores of 16,384 cached tokens")
 # App. A.4 works out three sizes of layer. MHA and GQA need $2\,h\,d_h$ (sharing keys saves memory, not arithmetic). MLA in
 # its absorbed form compares each head's query with the whole latent, $h\,(2 d_c + d_R)$.
 
-# %% claim="appendix-a4" tags=["nbval-check-output"]
+# %% claim="appendix-a4"
 RANKS = [(16, 1, 1), (16, 2, 2), (8, 1, 1), (8, 2, 2)]
 LAYERS = {"I": (32, 64, 256, 32), "II": (32, 128, 512, 64), "III": (64, 128, 512, 64)}
 PAPER = {  # MHA and GQA, MLA, then TPA with the four ranks above
@@ -299,6 +303,8 @@ for name, (h, d_h, d_c, d_R) in LAYERS.items():
     ours = [2 * h * d_h, h * (2 * d_c + d_R), *tpa]
     assert ours == PAPER[name]
     rows.append([f"{name}: {h} × {d_h}", *ours])
+
+# %% tags=["hide-input", "nbval-check-output"]
 header = ["layer", "MHA, GQA", "MLA", *(f"TPA {ranks}" for ranks in RANKS)]
 looks.table(header, rows, "Multiply–adds per cached token, as App. A.4 has them")
 
@@ -309,7 +315,7 @@ looks.table(header, rows, "Multiply–adds per cached token, as App. A.4 has the
 #
 # The package's accountant, which notebook 09 uses for real models, counts by the same formula:
 
-# %% tags=["nbval-check-output"]
+# %%
 from tpa_minimal.memory import Layer
 
 small_tpa = Layer("tpa", 768, n_head=34, d_head=64, rank_q=6, rank_k=2, rank_v=2)
@@ -322,6 +328,8 @@ assert small_tpa.decode_multiply_adds(1) == tpa_cost(34, 64, 6, 2, 2)
 rows = []
 for name, layer in layers.items():
     rows.append([name, layer.cached_numbers, layer.decode_multiply_adds(1)])
+
+# %% tags=["hide-input", "nbval-check-output"]
 header = ["layer", "numbers cached", "multiply–adds"]
 looks.table(header, rows, "The paper's small model, per cached token; TPA: Algorithm 1")
 
@@ -361,13 +369,13 @@ alt = "The four panels above, one after the other: the earlier bars shrink toget
 looks.animate([fig for fig, _ in frames], alt, 1500, 3000)
 
 # %% [markdown]
-# **The derivation.** Let one block have been seen, with maximum $m$. Keep two sums, both relative to $m$ (here $l_k$ is
-# the score of key $k$, $v_k$ its value; $s$ is from now on a sum):
+# **The derivation.** Let one block have been seen, with maximum $m$. Keep two sums, both relative to $m$ (here $l_j$ is
+# the score of key $j$ and $v_j$ its value):
 #
-# $$ s = \sum_k e^{l_k - m}, \qquad y = \sum_k e^{l_k - m}\, v_k. $$
+# $$ s = \sum_j e^{l_j - m}, \qquad y = \sum_j e^{l_j - m}\, v_j. $$
 #
 # Their quotient $y/s$ is the softmax average of what has been seen. A new block brings a larger maximum $m'$. Because
-# $e^{l_k - m'} = e^{l_k - m}\cdot e^{m - m'}$ and the last factor is the same for every $k$, it can be pulled out of
+# $e^{l_j - m'} = e^{l_j - m}\cdot e^{m - m'}$ and the last factor is the same for every $j$, it can be pulled out of
 # both sums: **multiply $s$ and $y$ by $e^{m-m'}$**, and they are what they would have been, had $m'$ been known from the
 # start. Then add the new block's terms. Nothing else about the past is needed, and its scores can be thrown away.
 
@@ -519,6 +527,8 @@ for M in contexts:
     found = [peak_megabytes(f, *step) for f in (assemble_and_attend, algorithm_1)]
     found += [peaks[M, name, 1024] for name in functions]
     rows.append([f"{M:,}", *(f"{peak:.2f} MB" for peak in found)])
+
+# %% tags=["hide-input"]
 header = ["M", "K and V assembled", "Algorithm 1 at once", *functions]
 looks.table(header, rows, "Highest temporary memory of a decode step; blocks of 1,024")
 
@@ -562,6 +572,8 @@ for block in (64, 512, 8192):
     measured = milliseconds(attend, step, 8191, block_size=block)
     memory = peak_megabytes(attend, step, 8191, block_size=block)
     rows.append([f"{block:,}", f"{measured:.1f} ms", f"{memory:.2f} MB"])
+
+# %% tags=["hide-input"]
 looks.table(["block_size", "time", "memory"], rows, "One decode step at M = 8,192")
 
 # %% [markdown]
@@ -651,7 +663,11 @@ for T in queries:
     for name, function in functions.items():
         ways[name].append(milliseconds(function, *step, start=M - T))
 rows = [[name, *(f"{t:.1f} ms" for t in measured)] for name, measured in ways.items()]
+
+# %% tags=["hide-input"]
 looks.table(["", *(f"T = {T}" for T in queries)], rows, f"T new tokens, M = {M:,}")
+
+# %%
 print("the layer's limit is", DECODE_TOKENS)
 for name in functions:
     assert ways[name][0] < ways["assemble K and V"][0]

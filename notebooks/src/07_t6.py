@@ -128,12 +128,14 @@ looks.show(fig, alt)
 # $2 \cdot d \cdot 4d = 8d^2$; three matrices of width $d_\text{ff}$ have $3\,d\,d_\text{ff}$; so
 # $d_\text{ff} = \lfloor \tfrac83 d \rfloor$. That is the default of `T6Config`.
 
-# %% tags=["nbval-check-output"]
+# %%
 rows = []
 for d_model in (768, 1024, 1280, 1600):
     d_ff = T6Config.for_layer(d_model, n_head=1, d_head=64).d_ff
     assert d_ff == 8 * d_model // 3
     rows.append([str(d_model), d_ff, 3 * d_model * d_ff, 8 * d_model**2])
+
+# %% tags=["hide-input", "nbval-check-output"]
 header = ["d_model", "d_ff", "weights", "weights of the classic layer"]
 looks.table(header, rows, "SwiGLU at the paper's four sizes")
 
@@ -207,6 +209,8 @@ cases["τ = 2, top-k 3"] = kept / 2
 rows = []
 for name, case in cases.items():
     rows.append([name, *(f"{p:.2f}" for p in case.softmax(-1)[0].tolist())])
+
+# %% tags=["hide-input"]
 header = ["", *(f"token {n}" for n in range(8))]
 looks.table(header, rows, "Probabilities, most likely token first")
 
@@ -376,7 +380,7 @@ torch.testing.assert_close(matching_heads(WEIGHTS["TPA"], 768), (4 * 768 - 640) 
 # Here are the paper's choices (its table of model sizes, Table 10) beside ours, for all four sizes (KV-only: full
 # queries, only K and V factorized).
 
-# %% claim="table-10" tags=["nbval-check-output"]
+# %% claim="table-10"
 PAPER_HEADS = {  # MHA, MQA, GQA-2, KV-only, TPA
     768: (12, 23, 22, 22, 34),
     1024: (16, 31, 30, 29, 47),
@@ -389,8 +393,12 @@ for d, paper in PAPER_HEADS.items():
     rows.append([str(d), *(f"{e:.2f} → {p}" for e, p in zip(exact, paper))])
     assert all(abs(e - p) < 1.2 for e, p in zip(exact, paper))
 over = WEIGHTS["TPA"](768, 34) / (4 * 768**2) - 1
+
+# %% tags=["hide-input", "nbval-check-output"]
 header = ["d_model", *WEIGHTS]
 looks.table(header, rows, "Heads: what the budget gives → what the paper used")
+
+# %%
 print(f"34 heads at d_model 768 are {100 * over:.1f} % over the budget")
 
 # %% [markdown]
@@ -402,7 +410,7 @@ print(f"34 heads at d_model 768 are {100 * over:.1f} % over the budget")
 # (App. H):
 
 
-# %% claim="table-10-mla" tags=["nbval-check-output"]
+# %% claim="table-10-mla"
 def mla_weights(d_c, d_q):
     def weights(d, h):
         queries, keys_values = d + h * (D_H + D_R), d + 2 * h * D_H
@@ -418,6 +426,8 @@ for d, h, d_c, d_q in (*MODELS, (1600, 49, 512, 1024)):
     share = stated(d, h) / (4 * d * d)
     heads = [f"{matching_heads(weights, d):.1f}" for weights in (stated, smaller)]
     rows.append([str(d), h, f"{d_c}, {d_q}", f"{share:.2f}", *heads])
+
+# %% tags=["hide-input", "nbval-check-output"]
 header = ["d_model", "heads", "d_c, d'_c", "of the budget", "it gives", "with 256, 512"]
 looks.table(header, rows, "MLA as the paper's table of sizes states it")
 
@@ -431,7 +441,7 @@ looks.table(header, rows, "MLA as the paper's table of sizes states it")
 # Formulas can be wrong in the same way twice, so count the weights of real layers too. On the `meta` device a model
 # has shapes but no numbers, and a 1.5 B model is built in a moment.
 
-# %% claim="table-1-parameters" tags=["nbval-check-output"]
+# %% claim="table-1-parameters"
 from tpa_minimal.baselines import MultiHeadAttention
 
 rows = []
@@ -444,6 +454,8 @@ for name in ("small-124M", "medium-353M", "large-773M", "xl-1.5B"):
     assert per_layer == WEIGHTS["TPA"](tpa_config.d_model, tpa_config.n_head)
     found = [n for m in (mha, tpa) for n in (m.config.n_head, m.num_parameters())]
     rows.append([name, *found, f"{found[3] / found[1]:.3f}"])
+
+# %% tags=["hide-input", "nbval-check-output"]
 header = ["model", "MHA heads", "weights", "TPA heads", "weights", "ratio"]
 looks.table(header, rows, "Whole models, counted")
 
