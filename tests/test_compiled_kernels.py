@@ -179,5 +179,5 @@ def test_the_kernels_of_notebook_10(notebook, capability):
     query, a, b, out = (torch.zeros(rows, width) for rows, width in ((h, d_h), (n, h), (n, d_h), (4 * h, d_h)))
     with compiling(capability) as compiled:
         notebook.scores_kernel[4,](query, a, b, torch.zeros(n, h), n, H=h, D=d_h, BLOCK=32)
-        notebook.split_kernel[4,](query, a, b, a, b, out, out, out, n, 250, H=h, D=d_h, BLOCK=32)
+        notebook.split_kernel[4,](query, a, b, a, b, out, out, out, n, 250, H=h, D=d_h, BLOCK=16)
     assert [resources(kernel, capability)["spilled"] for kernel, _ in compiled] == [0, 0]

@@ -95,7 +95,9 @@ def test_dependencies_have_lower_bounds_only():
     listed = re.findall(r'^    "([\w.\-\[\]]+)(.*)",$', text, re.MULTILINE)
     assert len(listed) > 10
     for name, bound in listed:
-        assert not re.search(r"==|<|~=", bound.split(";")[0]), f"{name}{bound}"
+        assert not re.search(r"==|<|~=", bound.split(";")[0]) or name == "jupyter-book", (
+            f"{name}{bound}"
+        )  # 2 needs a network
 
 
 def test_every_makefile_target_of_the_readme_exists():

@@ -155,7 +155,7 @@ def plan(B: int, M: int, h: int, d_head: int, rank: int, itemsize: int, processo
     """
     half, warp_groups = itemsize == 2, major == 9  # H100's tensor cores want 64 rows for four warps together
     BLOCK_D = max(16, triton.next_power_of_2(d_head))
-    BLOCK_H = max(16, min(triton.next_power_of_2(h), (64 if warp_groups else 32) if half else 2048 // BLOCK_D))
+    BLOCK_H = max(16, min(triton.next_power_of_2(h), (64 if warp_groups else 32) if half else 1024 // BLOCK_D))
     BLOCK_M, row_bytes = (64 if warp_groups else 32) if half else 16, (BLOCK_H + BLOCK_D) * rank * itemsize
     room = BLOCK_BYTES[warp_groups]
     while BLOCK_M > 16 and BLOCK_M * row_bytes > 2 * room:
@@ -193,7 +193,7 @@ def decode(
         split_kernel[grid](
             *factors, length, m, s, y, batch_strides, rank_strides, M, scale, *rows[2:], H=h, D=d_head,
             A_UNIT=a_unit, B_UNIT=b_unit, RANK_Q=rank_q, RANK_K=rank_k, RANK_V=rank_v,
-            PARTS=2 if b_k.itemsize == 2 else 1, WIDEN=INTERPRETED, **blocks,
+            PARTS=2 if b_k.itemsize == 2 else 1, WIDEN=INTERPRETED, **blocks, maxnreg=255,
         )  # fmt: skip
         BLOCK_D = blocks["BLOCK_D"]
         merge_kernel[h, B](m, s, y, out, grid[1], H=h, D=d_head, RANK_V=rank_v, BLOCK=32, BLOCK_D=BLOCK_D)

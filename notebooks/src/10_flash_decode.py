@@ -6,8 +6,8 @@
 # **You will be able to**
 #
 # - say why decoding waits for memory, and place MHA, GQA and TPA on a roofline that you measured;
-# - split one query's attention over stretches of the cache, and merge the results exactly;
-# - write a Triton kernel that attends in factor space, and run it without a GPU;
+# - split one query's attention over the cache, and merge the results exactly;
+# - write a Triton kernel that attends in factor space, say why its rows are positions, and run it without a GPU;
 # - keep large logits accurate when the hardware multiplies half-precision numbers;
 # - read a decoding benchmark: what it compares, against which limit, and what it leaves out.
 #
@@ -26,16 +26,20 @@
 # The language for such programs is [Triton](https://triton-lang.org): Python functions that are compiled for the GPU.
 # It also has an **interpreter**, which runs the same functions on a CPU, slowly, and in float32 with the same results to
 # rounding (to bfloat16 it cuts digits off where a GPU rounds). It must be chosen before Triton is imported, so that is
-# our first step. (Triton comes with PyTorch for CUDA on Linux; elsewhere there may be no
-# package for your system, and this notebook can only be read.)
+# our first step. We take it, too, on GPUs of compute capability below 8, such as Colab's T4: Triton has no matrix units
+# there. (Triton comes with PyTorch for CUDA on Linux; elsewhere there may be no package for your system, and this
+# notebook can only be read.)
 
 # %%
 import json
 import math
 import os
 
+if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+    device = "cpu"
 if device == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+print("Triton", "interprets" if device == "cpu" else "compiles", "the kernels")
 
 import matplotlib.pyplot as plt
 import triton
@@ -129,50 +133,76 @@ plt.show()
 # ## 2 · One query, many processors
 #
 # While a model is being trained, each processor takes some of the many queries. In decoding there is one. What is long
-# is the cache, so we cut *it*: each processor takes a stretch of positions and attends to that alone. What it must hand
-# over are the three quantities of the online softmax, per head, with logits in powers of 2 as GPUs like them: the
+# is the cache, so we cut *it*: each processor takes a split of the positions and attends to that alone. What it must hand
+# over are the three quantities of the online softmax, per head, with scores in powers of 2 as GPUs like them: the
 # maximum $m$, the sum $s = \sum 2^{\ell - m}$, and the vector $y = \sum 2^{\ell - m} v$.
 
 
 # %%
-def attend_to(logits, v):
-    """What one stretch leaves: logits (M, h), v (M, h, d_h) -> m (h), s (h), y (h, d_h)."""
-    m = logits.amax(0)
-    weights = torch.exp2(logits - m)
+def attend_to(scores, v):
+    """What one split leaves: scores (M, h), v (M, h, d_h) -> m (h), s (h), y (h, d_h)."""
+    m = scores.amax(0)
+    weights = torch.exp2(scores - m)
     return m, weights.sum(0), torch.einsum("mh,mhd->hd", weights, v)
 
 
+<<<<<<< HEAD
 logits, v = (
     20 * torch.randn(1000, h, dtype=torch.float64),
     torch.randn(1000, h, d_h, dtype=torch.float64),
 )
 stretches = [slice(0, 100), slice(100, 617), slice(617, 1000)]
 parts = [attend_to(logits[stretch], v[stretch]) for stretch in stretches]
+=======
+scores, v = 20 * torch.randn(1000, h, dtype=torch.float64), torch.randn(1000, h, d_h, dtype=torch.float64)
+splits = [slice(0, 100), slice(100, 617), slice(617, 1000)]
+parts = [attend_to(scores[split], v[split]) for split in splits]
+>>>>>>> gpu
 m, s, y = (torch.stack(part) for part in zip(*parts))  # (3, h), (3, h), (3, h, d_h)
 
 # %% [markdown]
-# Merging needs one thought. The stretches used different maxima. Multiplying a stretch's $s$ and $y$ by
+# Merging needs one thought. The splits used different maxima. Multiplying a split's $s$ and $y$ by
 # $2^{m_i - m}$ gives what it would have found with the common maximum $m = \max_i m_i$; then sums may be added:
 #
 # $$o = \frac{\sum_i 2^{m_i - m}\, y_i}{\sum_i 2^{m_i - m}\, s_i}.$$
 #
-# In words: every stretch's own output $y_i / s_i$ is weighed by the share of the whole softmax that fell into it.
+# In words: every split's own output $y_i / s_i$ is weighed by the share of the whole softmax that fell into it.
 
 # %% claim="alg-2-stretches"
 shrink = torch.exp2(m - m.amax(0))
 merged = (shrink[..., None] * y).sum(0) / (shrink * s).sum(0)[:, None]
-whole = torch.einsum("mh,mhd->hd", (logits * math.log(2)).softmax(0), v)
+whole = torch.einsum("mh,mhd->hd", (scores * math.log(2)).softmax(0), v)
 torch.testing.assert_close(merged, whole, rtol=1e-12, atol=1e-12)
 
 # %% [markdown]
-# Exact to rounding, wherever we cut. This is **flash decoding**: stretches side by side, then one small merge. Its cost
-# is the partial results, $h (d_h + 2)$ numbers per stretch, which a cache of thousands of tokens outweighs.
+# Exact to rounding, wherever we cut. This is **flash decoding**: splits side by side, then one small merge. Its cost
+# is the partial results, $h (d_h + 2)$ numbers per split, which a cache of thousands of tokens outweighs.
 #
-# ## 3 · A first kernel: one tile of logits
+# ## 3 · A first kernel: one tile of scores
 #
 # A Triton kernel is written for one **program**, and many programs run at once. Each asks for its own number, loads a
 # *tile* of each operand from the addresses that it computes, works on the tiles, and stores its result. Ours starts
-# with the logits of factor space at rank 1: $\ell = \langle q, b_k\rangle\, a_k$.
+# with the scores of factor space at rank 1: $\langle b_k, q\rangle\, a_k$.
+#
+# One decision comes first: what are the **rows** of the matrix product, heads or positions? We take positions:
+#
+# - The cache lies in memory with positions as rows, $a_k$ and $b_k$ alike. The product of the tile of $b_k$ with the
+#   query, (positions, features) times (features, heads), has the shape of the tile of $a_k$: no tile is transposed.
+# - A program consists of groups of 32 threads (*warps*), and the rows of a product are what it divides among them. Each
+#   warp then has positions of its own, for all heads; all warps read the same small query.
+# - The matrix units of a GPU take a fixed number of rows at a time, and those of an H100 take 64, by four warps
+#   together. The model fixes how many heads there are, but of positions we can always take 64:
+
+
+# %%
+for heads in (16, 32, 34, 64):
+    as_rows = heads / (64 * math.ceil(heads / 64))
+    as_columns = heads / triton.next_power_of_2(heads)
+    print(f"{heads} heads: {as_rows:4.0%} of the rows used, or {as_columns:4.0%} of the columns")
+
+# %% [markdown]
+# As columns, heads fill a tile whenever their number is a power of two, which is all that Triton asks of a tile's sides.
+# (34, the paper's small model, leaves almost half of it empty either way. The empty part costs arithmetic, but no bytes.)
 
 
 # %%
@@ -185,6 +215,7 @@ def scores_kernel(
     )  # which rows of the cache are mine?
     heads, features = tl.arange(0, H), tl.arange(0, D)
     seen = (positions < M)[:, None]  # the last tile may stick out of the cache
+<<<<<<< HEAD
     b = tl.load(
         b_k + positions[:, None] * D + features[None, :], mask=seen, other=0.0
     )  # (BLOCK, D)
@@ -196,6 +227,13 @@ def scores_kernel(
         a
     )  # (H, BLOCK)
     tl.store(out + positions[:, None] * H + heads[None, :], tl.trans(logits), mask=seen)
+=======
+    b = tl.load(b_k + positions[:, None] * D + features[None, :], mask=seen, other=0.0)  # (BLOCK, D)
+    a = tl.load(a_k + positions[:, None] * H + heads[None, :], mask=seen, other=0.0)  # (BLOCK, H)
+    query = tl.load(q + heads[None, :] * D + features[:, None])  # (D, H)
+    scores = tl.dot(b, query, input_precision="ieee") * a  # (BLOCK, H)
+    tl.store(out + positions[:, None] * H + heads[None, :], scores, mask=seen)
+>>>>>>> gpu
 
 
 # %% [markdown]
@@ -223,27 +261,28 @@ print(
 # %% [markdown]
 # No `nan` is left: every entry was written, and none beyond the end.
 #
-# ## 4 · The second kernel: a whole stretch
+# ## 4 · The second kernel: a whole split
 #
-# Now each program walks through its stretch and keeps the running $m$, $s$ and $y$ of notebook 06 on the chip. Nothing
+# Now each program walks through its split and keeps the running $m$, $s$ and $y$ of notebook 06 on the chip. Nothing
 # of the size of the cache is ever written: what goes out is one $m$ and $s$ per head and one $y$.
 
 
 # %%
 @triton.jit
 def split_kernel(
-    q, a_k, b_k, a_v, b_v, m_out, s_out, y_out, M, stretch,
+    q, a_k, b_k, a_v, b_v, m_out, s_out, y_out, M, split,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     heads, features, i = tl.arange(0, H), tl.arange(0, D), tl.program_id(0)
-    query = tl.load(q + heads[:, None] * D + features[None, :])
+    query = tl.load(q + heads[None, :] * D + features[:, None])  # (D, H)
     m = tl.full((H,), float("-inf"), tl.float32)
     s = tl.zeros((H,), tl.float32)
     y = tl.zeros((H, D), tl.float32)
-    end = tl.minimum((i + 1) * stretch, M)
-    for first in range(i * stretch, end, BLOCK):
+    end = tl.minimum((i + 1) * split, M)
+    for first in range(i * split, end, BLOCK):
         positions = first + tl.arange(0, BLOCK)
         seen = (positions < end)[:, None]
+<<<<<<< HEAD
         row_h, row_d = (
             positions[:, None] * H + heads[None, :],
             positions[:, None] * D + features[None, :],
@@ -265,6 +304,17 @@ def split_kernel(
             y * shrink[:, None],
             input_precision="ieee",
         )
+=======
+        row_h, row_d = positions[:, None] * H + heads[None, :], positions[:, None] * D + features[None, :]
+        p = tl.dot(tl.load(b_k + row_d, mask=seen, other=0.0), query, input_precision="ieee")  # (BLOCK, H)
+        scores = tl.where(seen, p * tl.load(a_k + row_h, mask=seen, other=0.0), float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, 0))
+        weights, shrink = tl.exp2(scores - m_new[None, :]), tl.exp2(m - m_new)
+        scaled = weights * tl.load(a_v + row_h, mask=seen, other=0.0)
+        s = s * shrink + tl.sum(weights, 0)
+        b = tl.load(b_v + row_d, mask=seen, other=0.0)
+        y = tl.dot(tl.trans(scaled), b, y * shrink[:, None], input_precision="ieee")  # (H, D)
+>>>>>>> gpu
         m = m_new
     tl.store(m_out + i * H + heads, m)
     tl.store(s_out + i * H + heads, s)
@@ -272,10 +322,11 @@ def split_kernel(
 
 
 # %% [markdown]
-# Read it beside the loop of `factor_attention`: the lines are the same. Two details matter. Positions beyond the stretch
-# get the logit $-\infty$ and not 0, or they would take part in the softmax. And the scale $1/(R_K \sqrt{d_h})$ is put into
+# Read it beside the loop of `factor_attention`: the lines are the same. Three details matter. Positions beyond the split
+# get the score $-\infty$ and not 0, or they would take part in the softmax. The scale $1/(R_K \sqrt{d_h})$ is put into
 # the query beforehand, together with $\log_2 e$, because $e^x = 2^{x \log_2 e}$. (`assemble` has divided by $R_Q$; $R_V$ is
-# 1 here, otherwise the merged output is divided by it.)
+# 1 here, otherwise the merged output is divided by it.) And the second product sums over positions, so they cannot be
+# its rows: the weights, just computed, are the one tile that is transposed, and $b_v$ is used as it was read.
 
 # %%
 M, count = 1000, 4
@@ -287,11 +338,11 @@ factors = [
 q = assemble(*factors[:2])[0, 0] * (math.log2(math.e) / math.sqrt(d_h))
 m, s = torch.empty(2, count, h, device=device)
 y = torch.empty(count, h, d_h, device=device)
-held = [factor.contiguous() for factor in factors[2:]]
-split_kernel[count,](q.contiguous(), *held, m, s, y, M, 250, H=h, D=d_h, BLOCK=32)
+cached = [factor.contiguous() for factor in factors[2:]]
+split_kernel[count,](q.contiguous(), *cached, m, s, y, M, 250, H=h, D=d_h, BLOCK=16)
 
 # %% [markdown]
-# Four stretches of 250 positions, none of them a whole number of blocks. The merge is that of section 2:
+# Four splits of 250 positions, none of them a whole number of blocks. The merge is that of section 2:
 
 # %%
 shrink = torch.exp2(m - m.amax(0))
@@ -305,7 +356,7 @@ assert (ours - exact).norm() <= 1e-5 * exact.norm()
 # %% [markdown]
 # That is a correct flash-decoding kernel for rank 1, one sequence, and head counts that are powers of two.
 #
-# ## 5 · The kernel of the course
+# ## 5 · The kernels of the course
 #
 # `tpa_minimal/flash_decode.py` is this kernel with the restrictions removed. Open it; you know most of it:
 #
@@ -313,10 +364,13 @@ assert (ours - exact).norm() <= 1e-5 * exact.norm()
 # - **batch and any number of heads**: two more program numbers, and masks for heads and features;
 # - **the cache as it lies in memory**: strides instead of contiguous copies. The `FactorCache` has room for more
 #   positions than it holds, so its views are not contiguous, and copying them would read all that TPA saved;
+# - **as many splits as run at a time**, two programs on a processor. With one more, all would wait for the last;
+# - **the small work moved in**: each program assembles the query from its factors, and a second kernel merges, so that a
+#   token costs two launches a layer and not one for each of a dozen PyTorch operations;
 # - **half precision without spoiling the query**, which deserves a look.
 #
 # The matrix units of GPUs multiply bfloat16 numbers, which have 8 significant bits. The cached factors are stored like
-# that. But the query is assembled here and now, and if *it* is rounded too, a logit of 1,000 is off by a few units, and
+# that. But the query is assembled here and now, and if *it* is rounded too, a score of 1,000 is off by a few units, and
 # the softmax turns units into factors. The remedy: write the query as a sum of bfloat16 numbers, each of which holds
 # what the previous ones left over.
 
@@ -326,14 +380,21 @@ rest, total = exact_q.float(), torch.zeros_like(exact_q)
 for parts in (1, 2, 3):
     part = rest.bfloat16()
     rest, total = rest - part.float(), total + part.double()
+<<<<<<< HEAD
     print(
         f"{parts} part{'s' * (parts > 1)}: relative error {((total - exact_q) / exact_q).abs().max().item():.0e}"
     )
+=======
+    error = ((total - exact_q) / exact_q).abs().max().item()
+    print(f"{parts} part{'s' * (parts > 1)}: relative error {error:.0e}")
+    if parts == 2:
+        assert 1000 * error < 0.02
+>>>>>>> gpu
 
 # %% [markdown]
-# Three parts are as good as float32. That costs three small products in place of one, while the bytes that are read stay
-# the same, and bytes are what we wait for. Now the kernel against float64, with factors that are 30 times too large as
-# well:
+# Our kernel takes two parts, which leaves a score of 1,000 off by about a hundredth: less than what rounding the softmax
+# weights to bfloat16 costs. The second part costs one more product per block, while the bytes that are read stay the
+# same. Now the kernels against float64, with factors that are 30 times too large as well:
 
 # %% claim="alg-2-kernel"
 worst = {}
@@ -369,23 +430,36 @@ model = T6(
 ).to(device)
 for weight in model.parameters():
     torch.nn.init.normal_(weight, std=0.2)
-prompt = torch.randint(60, (1, 8), device=device)
-before = model.generate(prompt, 6, temperature=0)
+
+
+def last_logits(model):
+    """A prompt into an empty cache, then six single tokens: the logits of the last."""
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        return [model(part, cache) for part in tokens.split([8, *[1] * 6], dim=1)][-1]
+
+
+tokens = torch.randint(60, (1, 14), device=device)
+before = last_logits(model)
 flash_decode.use(model)
-print("same tokens:", torch.equal(model.generate(prompt, 6, temperature=0), before))
+difference = (last_logits(model) - before).abs().max().item()
+print(f"logits differ by {difference:.0e}, and are as large as {before.abs().max().item():.0f}")
+assert difference <= 1e-4 * before.abs().max()
 
 # %% [markdown]
 # ## 7 · What was measured
 #
-# `python -m tpa_minimal.experiments.bench decode` times all mechanisms in one run and in turns: attention alone, one new token,
-# batch 1, random numbers in a full cache. The package carries one such result, from the machine that the cell names; the
-# same command gives yours.
+# `python -m tpa_minimal bench decode` times all mechanisms in one run: attention alone, one new token, batch 1, random
+# numbers in a full cache. One mechanism is in memory at a time, and all come in turns, several times over. The package
+# carries one such result, `tpa_minimal/experiments/results/bench_decode.json`, from the machine that the cell names; the
+# same command gives yours. On a CPU our function is `cpu_decode.factor_attention`, which is tuned for it.
 
 # %%
 result = json.loads((bench.RESULTS / "bench_decode.json").read_text())
 for key, value in result["environment"].items():
     print(f"{key:24} {value:.1f}" if isinstance(value, float) else f"{key:24} {value}")
 
+<<<<<<< HEAD
 # %%
 shown = ["MHA", "MLA", "GQA-4", "MQA", "TPA (16, 1, 1)", "TPA (16, 2, 2)"]
 fig, ax = plt.subplots(figsize=(7, 4))
@@ -411,40 +485,50 @@ ax.plot(
     lw=1,
     label="reading the rank-1 factors",
 )
+=======
+# %% tags=["hide-input"]
+fastest = {}  # of the ways to compute one mechanism
+for row in sorted(result["rows"], key=lambda row: -row["median_ms"]):
+    fastest[row["mechanism"], row["context"]] = row
+contexts = sorted({context for _, context in fastest})
+names = ["MHA", "MLA", "GQA-4", "MQA", "TPA (16, 1, 1)", "TPA (16, 2, 2)"]
+styles = [looks.of(kind) for kind in ("mha", "mla", "gqa", "mqa")] + looks.TPA_LOOKS[:2]
+speed = result["environment"]["copy_bandwidth_GB_per_s"] * 1e6  # bytes per millisecond
+fig, ax = plt.subplots(figsize=(7, 4))
+for name, style in zip(names, styles):
+    ax.plot(contexts, [fastest[name, M]["median_ms"] for M in contexts], **style.line_style(), label=name)
+least = [fastest["TPA (16, 1, 1)", M]["bytes"] / speed for M in contexts]
+ax.plot(contexts, least, "k:", lw=1, label="reading the rank-1 factors")
+>>>>>>> gpu
 ax.set(yscale="log", xlabel="context, tokens", ylabel="milliseconds (median)")
 ax.set_xscale("log", base=2)
-ax.set_title("On this CPU TPA decodes several times faster than MHA")
+ax.set_title("On a CPU TPA decodes several times faster than MHA")
 ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-plt.show()
+looks.show(fig, alt="Milliseconds against context for six mechanisms; MHA is slowest, TPA of rank 1 far below it.")
 
 # %% [markdown]
-# How to read it. At long contexts only rank 1 keeps up with GQA and MQA; against a few thousand tokens both are faster,
-# and rank 2 is slower than GQA with four groups although it reads less (201 against 268 MB at 131,072 tokens). The
-# lowest line is the time for reading the rank-1 factors at the bandwidth at which the machine copies; at long contexts
-# rank 1 cannot lie below it. The distance between it and TPA's line is the arithmetic of section 1, together with
-# PyTorch's passes over each block's table of weights. Let us see how close each one comes:
+# How to read it. The lowest line is the time for reading the rank-1 factors at the bandwidth at which the machine copies;
+# at long contexts rank 1 cannot lie below it. The distance between it and TPA's line is the arithmetic of section 1,
+# together with passes over each block's scores. Let us see how close each mechanism comes to its own limit:
 
 # %%
-longest = max(row["context"] for row in result["rows"])
-for row in result["rows"]:
-    if row["context"] == longest:
-        share = row["bytes"] / speed / row["median_ms"]
-        print(
-            f"{row['mechanism']:15} {row['bytes'] / 1e6:8.1f} MB  {row['median_ms']:8.2f} ms  {share:4.0%} of bandwidth"
-        )
+for name in names:
+    row = fastest[name, contexts[-1]]
+    size, share = row["bytes"] / 1e6, row["bytes"] / speed / row["median_ms"]
+    print(f"{name:15} {size:8.1f} MB  {row['median_ms']:8.2f} ms  {share:4.0%} of bandwidth")
 
 # %% [markdown]
 # MHA does little arithmetic per byte, so reading is what it spends its time on. TPA stays further below the bandwidth,
-# and is quick because there is so little to read: its time goes into arithmetic and into passes over tables of M × h
-# weights, not into bytes. So ratios move on a shared machine, where a busy neighbour slows arithmetic but hardly MHA's
-# reading: in four runs within two hours MHA took 2.8 to 5.3 times as long as rank 1 at 131,072 tokens. MQA reads
-# still less than TPA (128 numbers a token here, against 192 at rank 1), with the quality that notebook 01 quotes. MLA's
-# 288 lie between TPA's two ranks, and its arithmetic per byte is the largest of all (notebook 09).
+# and is quick because there is so little to read: its time goes into arithmetic and into passes over M × h scores, not
+# into bytes. So ratios move on a shared machine, where a busy neighbour slows arithmetic but hardly MHA's reading. MQA
+# reads still less than TPA (128 numbers a token here, against 192 at rank 1), with the quality that notebook 01 quotes.
+# MLA's 288 lie between TPA's two ranks, and its arithmetic per byte is the largest of all (notebook 09).
 #
-# What these numbers are not. They come from one CPU, and say nothing about a GPU. The kernel of this notebook was checked
-# in the interpreter, and its speed has not been measured: the interpreter's time means nothing. On a machine with a CUDA
-# device the same command measures it beside PyTorch: `python -m tpa_minimal.experiments.bench decode --device cuda`. The paper's own
-# measurements of speed (its Sec. 6.2) are from GPUs, with ranks (16, 1, 1) and contexts from 2¹² to 2¹⁹.
+# What these numbers are not. They come from one CPU, and say nothing about a GPU. The kernels of this notebook were
+# checked in the interpreter and compiled for several GPUs, and their speed has not been measured: the interpreter's time
+# means nothing. On a machine with a CUDA device `python -m tpa_minimal bench decode --device cuda` measures them beside
+# PyTorch, and `python -m tpa_minimal bench device --out DIR` checks and measures all that this course has for GPUs. The
+# paper's own measurements of speed (its Sec. 6.2) are from GPUs, with ranks (16, 1, 1) and contexts from 2¹² to 2¹⁹.
 #
 # ## Exercises
 #
@@ -576,10 +660,10 @@ checks.ex10_3(judgement)
 # %% [markdown]
 # ## Summary
 # - One new token reads the whole cache; the roofline tells whether bytes or arithmetic set the time.
-# - Flash decoding: each program attends to a stretch and leaves m, s and y; rescaling to the common maximum merges them
+# - Flash decoding: each program attends to a split and leaves m, s and y; rescaling to the common maximum merges them
 #   exactly.
-# - In a kernel the cache is read where it lies, once for every 32 heads; masks give −∞ to what is not there.
-# - The small query can afford three parts, so half-precision products need not cost large logits their accuracy.
+# - In a kernel positions are rows, and the cache is read where it lies; masks give −∞ to what is not there.
+# - The small query can afford a second part, so half-precision products need not cost large logits their accuracy.
 # - A fair benchmark runs everything in turns, names the machine, and shows the limit.
 #
 # **Next:** [11 · Variants](11_variants.ipynb) changes what is factorized.

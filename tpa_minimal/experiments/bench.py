@@ -362,16 +362,17 @@ def one_after_another(settings: Settings, length: int, make) -> list[dict]:
 
 def train(settings: Train) -> list[dict]:
     """A step of AdamW on random tokens, for each length; all models have the preset's sizes."""
-
-    def make(attention, config):
-        model = T6(config, attention=attention).to(settings.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        size = (settings.batch_size, config.max_len + 1)
-        tokens = torch.randint(config.vocab_size, size, device=settings.device)
-        loss_of = torch.compile(loss) if settings.compile else loss
-        return functools.partial(training_step, model, loss_of, optimizer, tokens, getattr(torch, settings.dtype))
-
+    make = functools.partial(training_function, settings)
     return [row for T in settings.lengths for row in one_after_another(settings, T, make)]
+
+
+def training_function(settings: Train, attention, config: T6Config):
+    """A function that makes one update of a new model on a batch of sequences of length config.max_len."""
+    model = T6(config, attention=attention).to(settings.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(config.vocab_size, (settings.batch_size, config.max_len + 1), device=settings.device)
+    loss_of = torch.compile(loss) if settings.compile else loss
+    return functools.partial(training_step, model, loss_of, optimizer, tokens, getattr(torch, settings.dtype))
 
 
 def loss(model: T6, tokens: Tensor) -> Tensor:
@@ -466,6 +467,7 @@ class Check:
         self.settings, self.begin, self.path = settings, time.monotonic(), settings.out / "device.json"
         self.gpu = torch.cuda.is_available()
         self.device = "cuda" if self.gpu else "cpu"
+        settings.out.mkdir(parents=True, exist_ok=True)
         self.done = read_json(self.path) if self.path.exists() else {}
 
     def left(self) -> float:
@@ -508,7 +510,7 @@ class Check:
         """The kernels against float64, twice, where memory that nobody wrote holds NaN."""
         from tpa_minimal import flash_decode
 
-        rows, h, d_head = [], 34, 64
+        rows, (h, d_head) = [], (34, 64) if self.gpu else (5, 8)
         torch.use_deterministic_algorithms(True, warn_only=True)
         for ranks, M in (((16, 1, 1), 4097), ((6, 2, 2), 1000)) if self.gpu else (((16, 1, 1), 33), ((6, 2, 2), 9)):
             for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
@@ -579,17 +581,24 @@ class Check:
         }
 
     def throughput(self) -> list[dict]:
-        """Training throughput of small-124M, eager and compiled, and the memory that it takes."""
-        rows = []
+        """Training throughput of small-124M with TPA and MHA, eager and compiled, and the memory that it takes."""
+        rows, settings = [], settled(Train(device=self.device, batch_size=8 if self.gpu else 1))
+        config = config_of(settings, 1024) if self.gpu else T6Config(31, 1, 16, 4, 8, max_len=8)
         for compiled in (False, True) if self.gpu else (False,):
-            if self.left() < (120 if compiled else 30):
-                break
-            settings = Train(batch_size=8 if self.gpu else 1, lengths=None if self.gpu else (8,), device=self.device)
-            settings = settled(replace(settings, repeats=6 if self.gpu else 1, compile=compiled))
-            for row in train(settings):
-                tokens_per_s = settings.batch_size * row["context"] / (row["median_ms"] / 1000)
-                rows.append({"compiled": compiled, "tokens_per_s": tokens_per_s, **row})
-            rows[-1]["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9 if self.gpu else 0.0
+            for name, attention in (("TPA", TensorProductAttention), ("MHA", MultiHeadAttention)):
+                if self.left() < (100 if compiled else 20):
+                    return rows
+                begin = time.monotonic()
+                function = training_function(replace(settings, compile=compiled), attention, config)
+                taken = in_turns({"": function}, 5, self.device)[""]
+                tokens_per_s = settings.batch_size * config.max_len / (taken["median_ms"] / 1000)
+                row = {"mechanism": name, "compiled": compiled, "tokens_per_s": tokens_per_s, **taken}
+                row |= {"seconds": time.monotonic() - begin}
+                if self.gpu:
+                    row |= {"peak_GB": torch.cuda.max_memory_allocated() / 1e9}
+                    torch.cuda.reset_peak_memory_stats()
+                rows.append(row)
+                del function
         return rows
 
 
