@@ -146,18 +146,12 @@ def attend_to(scores, v):
     return m, weights.sum(0), torch.einsum("mh,mhd->hd", weights, v)
 
 
-<<<<<<< HEAD
-logits, v = (
+scores, v = (
     20 * torch.randn(1000, h, dtype=torch.float64),
     torch.randn(1000, h, d_h, dtype=torch.float64),
 )
-stretches = [slice(0, 100), slice(100, 617), slice(617, 1000)]
-parts = [attend_to(logits[stretch], v[stretch]) for stretch in stretches]
-=======
-scores, v = 20 * torch.randn(1000, h, dtype=torch.float64), torch.randn(1000, h, d_h, dtype=torch.float64)
 splits = [slice(0, 100), slice(100, 617), slice(617, 1000)]
 parts = [attend_to(scores[split], v[split]) for split in splits]
->>>>>>> gpu
 m, s, y = (torch.stack(part) for part in zip(*parts))  # (3, h), (3, h), (3, h, d_h)
 
 # %% [markdown]
@@ -198,7 +192,9 @@ torch.testing.assert_close(merged, whole, rtol=1e-12, atol=1e-12)
 for heads in (16, 32, 34, 64):
     as_rows = heads / (64 * math.ceil(heads / 64))
     as_columns = heads / triton.next_power_of_2(heads)
-    print(f"{heads} heads: {as_rows:4.0%} of the rows used, or {as_columns:4.0%} of the columns")
+    print(
+        f"{heads} heads: {as_rows:4.0%} of the rows used, or {as_columns:4.0%} of the columns"
+    )
 
 # %% [markdown]
 # As columns, heads fill a tile whenever their number is a power of two, which is all that Triton asks of a tile's sides.
@@ -215,25 +211,15 @@ def scores_kernel(
     )  # which rows of the cache are mine?
     heads, features = tl.arange(0, H), tl.arange(0, D)
     seen = (positions < M)[:, None]  # the last tile may stick out of the cache
-<<<<<<< HEAD
     b = tl.load(
         b_k + positions[:, None] * D + features[None, :], mask=seen, other=0.0
     )  # (BLOCK, D)
     a = tl.load(
         a_k + positions[:, None] * H + heads[None, :], mask=seen, other=0.0
     )  # (BLOCK, H)
-    query = tl.load(q + heads[:, None] * D + features[None, :])  # (H, D)
-    logits = tl.dot(query, tl.trans(b), input_precision="ieee") * tl.trans(
-        a
-    )  # (H, BLOCK)
-    tl.store(out + positions[:, None] * H + heads[None, :], tl.trans(logits), mask=seen)
-=======
-    b = tl.load(b_k + positions[:, None] * D + features[None, :], mask=seen, other=0.0)  # (BLOCK, D)
-    a = tl.load(a_k + positions[:, None] * H + heads[None, :], mask=seen, other=0.0)  # (BLOCK, H)
     query = tl.load(q + heads[None, :] * D + features[:, None])  # (D, H)
     scores = tl.dot(b, query, input_precision="ieee") * a  # (BLOCK, H)
     tl.store(out + positions[:, None] * H + heads[None, :], scores, mask=seen)
->>>>>>> gpu
 
 
 # %% [markdown]
@@ -282,39 +268,24 @@ def split_kernel(
     for first in range(i * split, end, BLOCK):
         positions = first + tl.arange(0, BLOCK)
         seen = (positions < end)[:, None]
-<<<<<<< HEAD
         row_h, row_d = (
             positions[:, None] * H + heads[None, :],
             positions[:, None] * D + features[None, :],
         )
         p = tl.dot(
-            query,
-            tl.trans(tl.load(b_k + row_d, mask=seen, other=0.0)),
-            input_precision="ieee",
+            tl.load(b_k + row_d, mask=seen, other=0.0), query, input_precision="ieee"
+        )  # (BLOCK, H)
+        scores = tl.where(
+            seen, p * tl.load(a_k + row_h, mask=seen, other=0.0), float("-inf")
         )
-        logits = p * tl.trans(tl.load(a_k + row_h, mask=seen, other=0.0))
-        logits = tl.where((positions < end)[None, :], logits, float("-inf"))
-        m_new = tl.maximum(m, tl.max(logits, 1))
-        weights, shrink = tl.exp2(logits - m_new[:, None]), tl.exp2(m - m_new)
-        scaled = weights * tl.trans(tl.load(a_v + row_h, mask=seen, other=0.0))
-        s = s * shrink + tl.sum(weights, 1)
-        y = tl.dot(
-            scaled,
-            tl.load(b_v + row_d, mask=seen, other=0.0),
-            y * shrink[:, None],
-            input_precision="ieee",
-        )
-=======
-        row_h, row_d = positions[:, None] * H + heads[None, :], positions[:, None] * D + features[None, :]
-        p = tl.dot(tl.load(b_k + row_d, mask=seen, other=0.0), query, input_precision="ieee")  # (BLOCK, H)
-        scores = tl.where(seen, p * tl.load(a_k + row_h, mask=seen, other=0.0), float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 0))
         weights, shrink = tl.exp2(scores - m_new[None, :]), tl.exp2(m - m_new)
         scaled = weights * tl.load(a_v + row_h, mask=seen, other=0.0)
         s = s * shrink + tl.sum(weights, 0)
         b = tl.load(b_v + row_d, mask=seen, other=0.0)
-        y = tl.dot(tl.trans(scaled), b, y * shrink[:, None], input_precision="ieee")  # (H, D)
->>>>>>> gpu
+        y = tl.dot(
+            tl.trans(scaled), b, y * shrink[:, None], input_precision="ieee"
+        )  # (H, D)
         m = m_new
     tl.store(m_out + i * H + heads, m)
     tl.store(s_out + i * H + heads, s)
@@ -380,16 +351,10 @@ rest, total = exact_q.float(), torch.zeros_like(exact_q)
 for parts in (1, 2, 3):
     part = rest.bfloat16()
     rest, total = rest - part.float(), total + part.double()
-<<<<<<< HEAD
-    print(
-        f"{parts} part{'s' * (parts > 1)}: relative error {((total - exact_q) / exact_q).abs().max().item():.0e}"
-    )
-=======
     error = ((total - exact_q) / exact_q).abs().max().item()
     print(f"{parts} part{'s' * (parts > 1)}: relative error {error:.0e}")
     if parts == 2:
         assert 1000 * error < 0.02
->>>>>>> gpu
 
 # %% [markdown]
 # Our kernel takes two parts, which leaves a score of 1,000 off by about a hundredth: less than what rounding the softmax
@@ -443,7 +408,9 @@ tokens = torch.randint(60, (1, 14), device=device)
 before = last_logits(model)
 flash_decode.use(model)
 difference = (last_logits(model) - before).abs().max().item()
-print(f"logits differ by {difference:.0e}, and are as large as {before.abs().max().item():.0f}")
+print(
+    f"logits differ by {difference:.0e}, and are as large as {before.abs().max().item():.0f}"
+)
 assert difference <= 1e-4 * before.abs().max()
 
 # %% [markdown]
@@ -459,33 +426,6 @@ result = json.loads((bench.RESULTS / "bench_decode.json").read_text())
 for key, value in result["environment"].items():
     print(f"{key:24} {value:.1f}" if isinstance(value, float) else f"{key:24} {value}")
 
-<<<<<<< HEAD
-# %%
-shown = ["MHA", "MLA", "GQA-4", "MQA", "TPA (16, 1, 1)", "TPA (16, 2, 2)"]
-fig, ax = plt.subplots(figsize=(7, 4))
-for name, marker, line in zip(shown, "oDs*^v", ("-", ":", "--", ":", "-", "-.")):
-    rows = [
-        row
-        for row in result["rows"]
-        if row["mechanism"] == name and row["way"] != "triton"
-    ]
-    ax.plot(
-        [row["context"] for row in rows],
-        [row["median_ms"] for row in rows],
-        marker=marker,
-        ls=line,
-        label=name,
-    )
-speed = result["environment"]["copy_bandwidth_GB_per_s"] * 1e6  # bytes per millisecond
-rows = [row for row in result["rows"] if row["mechanism"] == "TPA (16, 1, 1)"]
-ax.plot(
-    [r["context"] for r in rows],
-    [r["bytes"] / speed for r in rows],
-    "k:",
-    lw=1,
-    label="reading the rank-1 factors",
-)
-=======
 # %% tags=["hide-input"]
 fastest = {}  # of the ways to compute one mechanism
 for row in sorted(result["rows"], key=lambda row: -row["median_ms"]):
@@ -496,15 +436,22 @@ styles = [looks.of(kind) for kind in ("mha", "mla", "gqa", "mqa")] + looks.TPA_L
 speed = result["environment"]["copy_bandwidth_GB_per_s"] * 1e6  # bytes per millisecond
 fig, ax = plt.subplots(figsize=(7, 4))
 for name, style in zip(names, styles):
-    ax.plot(contexts, [fastest[name, M]["median_ms"] for M in contexts], **style.line_style(), label=name)
+    ax.plot(
+        contexts,
+        [fastest[name, M]["median_ms"] for M in contexts],
+        **style.line_style(),
+        label=name,
+    )
 least = [fastest["TPA (16, 1, 1)", M]["bytes"] / speed for M in contexts]
 ax.plot(contexts, least, "k:", lw=1, label="reading the rank-1 factors")
->>>>>>> gpu
 ax.set(yscale="log", xlabel="context, tokens", ylabel="milliseconds (median)")
 ax.set_xscale("log", base=2)
 ax.set_title("On a CPU TPA decodes several times faster than MHA")
 ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-looks.show(fig, alt="Milliseconds against context for six mechanisms; MHA is slowest, TPA of rank 1 far below it.")
+looks.show(
+    fig,
+    alt="Milliseconds against context for six mechanisms; MHA is slowest, TPA of rank 1 far below it.",
+)
 
 # %% [markdown]
 # How to read it. The lowest line is the time for reading the rank-1 factors at the bandwidth at which the machine copies;
@@ -515,7 +462,9 @@ looks.show(fig, alt="Milliseconds against context for six mechanisms; MHA is slo
 for name in names:
     row = fastest[name, contexts[-1]]
     size, share = row["bytes"] / 1e6, row["bytes"] / speed / row["median_ms"]
-    print(f"{name:15} {size:8.1f} MB  {row['median_ms']:8.2f} ms  {share:4.0%} of bandwidth")
+    print(
+        f"{name:15} {size:8.1f} MB  {row['median_ms']:8.2f} ms  {share:4.0%} of bandwidth"
+    )
 
 # %% [markdown]
 # MHA does little arithmetic per byte, so reading is what it spends its time on. TPA stays further below the bandwidth,
