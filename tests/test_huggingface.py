@@ -1301,3 +1301,13 @@ except OSError as error:
             printed.append(done.stdout)
     assert printed[0].startswith("OSError someone/tiny-t6: no folder here, and could not be pulled from the hub (")
     assert printed[0].count("\n") == 1 and printed[1] == f"{T6(config()).num_parameters()}\n"
+
+
+def test_layers_with_one_rope_base_of_their_own_are_saved_exactly(tmp_path):
+    tokens = torch.arange(30)[None]
+    model = wake(T6(config(), attention=lambda c: TensorProductAttention(replace(c, rope_base=77.0))))
+    convert.save_pretrained(model, tmp_path)
+    assert torch.equal(convert.from_pretrained(tmp_path)(tokens), model(tokens))
+    model.blocks[1].attention.rope = model.blocks[1].attention.rope._replace(base=78.0)
+    with pytest.raises(ValueError, match="layer 1 has rope of its own"):
+        convert.save_pretrained(model, tmp_path)

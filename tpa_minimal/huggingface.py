@@ -736,7 +736,7 @@ def from_pretrained(name: str | os.PathLike, *, revision: str | None = None, tok
     names of this package. Raises ValueError, before memory is set aside, for files that are not ours, do not fit each
     other or hold weights that are not finite numbers; OSError for a pull that failed.
     """
-    folder = _local(name) or _pulled(name, revision, token)
+    folder = _local(name) or _pulled(name, revision=revision, token=token)
     model = _checked(folder)
     with safe_open(folder / WEIGHTS_FILE, "pt", device=str(device)) as file:
         # Without the copy a weight would be the file: to overwrite that would change the live model.
@@ -760,13 +760,13 @@ def _local(name: str | os.PathLike) -> Path | None:
     return max(steps)[1] if steps else folder
 
 
-def _pulled(name, revision, token) -> Path:
+def _pulled(name, **options) -> Path:
     """The folder in the hub's cache that holds the two files of repository `name`."""
     from huggingface_hub import hf_hub_download  # only those who go to the hub need it
 
     try:
         for file in (CONFIG_FILE, WEIGHTS_FILE):
-            path = hf_hub_download(str(name), file, revision=revision, token=token)
+            path = hf_hub_download(str(name), file, **options)
     except Exception as error:  # the client's, its HTTP library's, the socket's: they have no base class in common
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(f"{name}: no folder here, and could not be pulled from the hub ({reason}); try again") from error
@@ -998,8 +998,8 @@ class _CausalLM:
     def from_pretrained(cls, name, *args, **options):
         """As PreTrainedModel's, and with the checks and refusals of `huggingface.from_pretrained`."""
         local = _local(name)
-        pull = dict(revision=options.get("revision"), token=options.get("token"))
-        folder = local or _pulled(name, **pull)
+        of_the_hub = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+        folder = local or _pulled(name, **{key: options[key] for key in of_the_hub if key in options})
         _checked(folder)
         result = super().from_pretrained(local or name, *args, **{"disable_mmap": True, **options})
         model = result[0] if isinstance(result, tuple) else result
