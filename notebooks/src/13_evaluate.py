@@ -114,10 +114,23 @@ for ending, score in zip(endings, sums):
     print(f"{score:8.2f}  {context.split('. ')[-1]}{ending}")
 
 # %% [markdown]
-# ### Exercise 1 · The log-likelihood of an ending (8 minutes)
+# ### Exercise 1 · The log-likelihood of an ending (★★☆, 8 minutes)
 # Write `log_likelihood(logits, tokens, n_context)`. `tokens` (T,) is a context of `n_context` tokens and an ending;
 # `logits` (T, V) are the model's for all of them. Return the sum of log p of the ending's tokens, in nats. It can be
 # done without a loop.
+#
+# <details><summary>Hint 1</summary>
+#
+# Which row of the logits is about token `n_context`? The one before it. And which row predicts the last token?
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `logits[n_context - 1 : -1]` are the rows that predict the ending; `log_softmax(-1)` makes them log-probabilities, and
+# `gather` takes one number from each row.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -183,9 +196,21 @@ looks.show(
 # one length (BoolQ's yes and no, MMLU's four letters; WinoGrande compares one and the same ending after two contexts).
 # And always name which of the two a number is.
 #
-# ### Exercise 2 · Two picks (5 minutes)
+# ### Exercise 2 · Two picks (★☆☆, 5 minutes)
 # Write `picks(log_likelihoods, endings)`: the place in the list (from 0) of the pick by `acc`, and of the pick by
 # `acc_norm`. Each ending begins with a space, which is none of its letters.
+#
+# <details><summary>Hint 1</summary>
+#
+# `scores.index(max(scores))` is the place of the highest score.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# For the second pick, divide each log-likelihood by `len(ending.strip())` first.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -259,9 +284,7 @@ ax.set(
     ylabel="the better model is ahead",
     ylim=(0.45, 1.02),
 )
-ax.set_title(
-    "With the questions of all nine tasks, 46.3 % is ahead of 46.2 % six times in ten"
-)
+ax.set_title("Asked all nine tasks, 46.3 % is ahead of 46.2 % six times in ten")
 looks.show(
     fig,
     "How often 46.3 % is ahead of 46.2 %: 52 % of times with 1,000 questions, 92 % with a million.",
@@ -270,9 +293,21 @@ looks.show(
 # %% [markdown]
 # The middle dot is at the number of questions that all nine tasks of the paper have together (§5).
 #
-# ### Exercise 3 · How many questions? (8 minutes)
+# ### Exercise 3 · How many questions? (★★☆, 8 minutes)
 # Write `questions_needed(p, q)`: the smallest n at which the difference of two accuracies p and q, each measured on n
 # questions of its own, reaches 1.96 of its standard errors. The variances of independent numbers add.
+#
+# <details><summary>Hint 1</summary>
+#
+# One answer has the variance p (1 − p), an accuracy over n questions has it divided by n.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Solve |p − q| = 1.96 · √((p (1 − p) + q (1 − q)) / n) for n, and round up.
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -376,7 +411,7 @@ print(f"{beyond} of {pairs} differences are beyond 1.96 standard errors")
 # The case for TPA therefore rests on what is *equal*: the same quality from a cache that is several times smaller than
 # MHA's ([notebook 09](09_memory_savings.ipynb) says against which baseline).
 #
-# ### Exercise 4 · Supported or not? (6 minutes)
+# ### Exercise 4 · Supported or not? (★★☆, 6 minutes)
 # Answer `True` or `False`, taking 0.61 points for the standard error of a difference.
 #
 # - `a`: zero-shot at the small size, TPA is better than MHA and MLA.
@@ -385,6 +420,19 @@ print(f"{beyond} of {pairs} differences are beyond 1.96 standard errors")
 # - `d`: at the large size, TPA has the highest average of the six.
 # - `e`: in no row is TPA behind the best by more than one standard error.
 # - `f`: if the models were trained again from other seeds, the averages would stay within such an error.
+#
+# <details><summary>Hint 1</summary>
+#
+# Find the two numbers of each statement in the figure or in the cell above, and divide their difference by 0.61. About
+# two standard errors or more support a statement.
+#
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# What was drawn at random in this error: the questions, or the training run?
+#
+# </details>
 
 
 # %% tags=["exercise"]
@@ -415,6 +463,7 @@ for task in evaluate.LESSONS:
     print("   ", question.choices, "right:", question.answer, "\n")
 
 # %%
+torch.manual_seed(0)
 untrained = subject._replace(name="untrained", model=T6(model.config))
 reports = {}
 for who in (untrained, subject):
@@ -426,8 +475,9 @@ print(evaluate.table(after).split("\n", 2)[2])
 # %% [markdown]
 # The loss has fallen a long way, and no kind of answer has risen above chance. Spelling even lies *below* it, by several
 # errors, which no guesser would: this model knows by now which names occur in its lessons, the right answers are names
-# that never do, and nearly all the wrong ones are names that may. A model first learns which words there are and which
-# follow which, and only much later to look things up in the text.
+# that never do, and nearly all the wrong ones are names that may. (The untrained model is no guesser either: its random
+# preferences are the same in all questions, so it can lie off 25 % by more than the errors say.) A model first learns
+# which words there are and which follow which, and only much later to look things up in the text.
 #
 # Longer training does move the answers. The file `results/evaluate_tiny.json` holds two runs of the preset `tiny`, with
 # 1.2 million weights: 300 steps of 2,048 tokens, and one with batches of 4,096 tokens that was stopped at step 918.
@@ -460,7 +510,7 @@ for task, marker, line, colour in zip(
         capsize=2,
     )
 ax.axhline(25, color="black", linestyle=":", linewidth=1.2)
-ax.text(7.2, 26, "chance", va="bottom")
+ax.text(4, 26, "chance", va="bottom")
 ax.set(
     xlabel="held-out loss [nats per token]",
     ylabel="acc [%], one standard error",
@@ -471,7 +521,7 @@ ax.legend(loc="upper left")
 ax.set_title("From left to right: the loss falls first, the answers come late")
 looks.show(
     fig,
-    "Accuracy against held-out loss: near or below chance until a loss of 1.5, then spelling, counting, recall.",
+    "Accuracy against held-out loss: far from answering until a loss of 1.5, then spelling, counting and recall rise.",
 )
 assert losses[1] < 0.5 * losses[0]
 
