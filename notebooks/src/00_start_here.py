@@ -93,8 +93,8 @@ assert repeats == 100
 
 # %% [markdown]
 # The reason: at the start the attention and feed-forward parts add nothing (their output projections are zero), and the
-# matrix that reads a token in also writes the scores out. So the score is largest for the token itself. Training falls
-# by several nats from there; so short a training teaches which words are common, hardly how they form a sentence:
+# matrix that reads a token in also writes the scores out. So the score is largest for the token itself. From there
+# the loss falls by several nats; so short a training teaches which words are common, hardly how they form a sentence:
 
 # %%
 print(train.generate_text(model, lessons.tokenizer, "", 60, temperature=0.7))
