@@ -201,8 +201,8 @@ def write_figures(notebook: nbformat.NotebookNode, stem: str, folder: Path) -> N
     folder.mkdir(parents=True, exist_ok=True)
     for cell in notebook.cells:
         for k, output in enumerate(cell.get("outputs", [])):
-            if "image/png" in output.get("data", {}):
-                (folder / f"{stem[:2]}_{cell.id}_{k}.png").write_bytes(base64.b64decode(output.data["image/png"]))
+            for picture in re.findall(r"data:image/png;base64,([^\"]+)", output.get("data", {}).get("text/html", "")):
+                (folder / f"{stem[:2]}_{cell.id}_{k}.png").write_bytes(base64.b64decode(picture))
 
 
 def main() -> None:

@@ -116,10 +116,32 @@ def test_shape_of_a_notebook(source):
     assert "minutes to read and do" in title and 1 <= int(build.BUDGET.search(title)[1]) <= 60
     assert "setup" in notebook.cells[1].metadata.tags
     lengths = [
-        len(cell.source.splitlines()) for cell in code_cells(notebook)[1:] if "tpa" not in cell.metadata.get("tags", [])
+        len(cell.source.splitlines())
+        for cell in code_cells(notebook)[1:]
+        if not {"tpa", "hide-input"} & set(cell.metadata.get("tags", []))
     ]
     assert statistics.median(lengths) <= 8 and max(lengths) <= 30
     assert any("ummary" in cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+@each_built
+def test_every_picture_has_alt_text_and_fits(source, solved):
+    for cell in code_cells(read(source, solved)):
+        for output in cell.outputs:
+            data = output.get("data", {})
+            assert "image/png" not in data, f"{cell.id}: show figures by looks.show(fig, alt=...)"
+            for image in re.findall(r"<img [^>]*>", data.get("text/html", "")):
+                assert re.search(r' alt="[^"]{10,}"', image), f"{cell.id}: a picture without alt text"
+                assert int(re.search(r' width="(\d+)"', image)[1]) <= 800
+
+
+@each_source
+def test_each_control_follows_its_static_twin(source):
+    seen = ""
+    for cell in code_cells(read(source)):
+        if "looks.control(" in cell.source:
+            assert "looks.show(*" in seen and "looks.show(" not in cell.source, cell.id
+        seen += cell.source
 
 
 @each_source
