@@ -19,7 +19,7 @@ from tpa_minimal.tpa import TensorProductAttention, assemble
 def factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, *, start: int, block_size: int = 16384, padding=None) -> Tensor:
     """What `tpa.factor_attention` computes, from the same arguments, faster on a CPU (App. A, Algorithms 1 and 2).
 
-    A ragged batch, which needs a mask of its own, goes to that function.
+    Temporary memory is about B · (R_K + R_V) · h · block_size numbers. A ragged batch goes to that function.
     """
     if padding is not None:
         return tpa.factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, start=start, block_size=block_size, padding=padding)

@@ -244,8 +244,8 @@ def factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, *, start: int, block_size: in
 
     a_q (B, T, R_Q, h), b_q (B, T, R_Q, d_h): factors of T queries at positions start, start + 1, ...
     a_k, b_k, a_v, b_v: factors of M positions from 0 on, in the same layout, any ranks. padding: see `unseen`.
-    Returns (B, T, h, d_h). A block has block_size / T positions, so temporary memory is at most about
-    B · (R_K + R_V) · h · block_size numbers, whatever M and T are.
+    Returns (B, T, h, d_h). A block has block_size / T positions, so temporary memory is about
+    3 B · (R_K + R_V) · h · block_size numbers at most, whatever M and T are.
     """
     (B, T, _, h), (rank_k, d_head), rank_v = a_q.shape, b_k.shape[2:], b_v.shape[2]
     n = max(1, block_size // max(1, T))  # positions in a block
@@ -287,8 +287,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = N
 
 # With this many new tokens or fewer against a filled cache, attention stays in factor space; above it, K and V of the
 # whole context are assembled once for the call and handed to the fused kernel, whose cost per token is lower. On two
-# CPU cores (h 32, d_h 64, ranks 1 and 2, 1,024 and 8,192 cached tokens) factor space was ahead at 16 and 24 new tokens
-# and no longer at 64.
+# CPU cores (h 32, d_h 64, ranks 1 and 2, 1,024 and 8,192 cached tokens) `cpu_decode` was ahead at 16 and 24 new tokens
+# and no longer at 64; the plain function above loses its lead earlier.
 DECODE_TOKENS = 16
 
 
