@@ -164,7 +164,9 @@ def plan(B: int, M: int, h: int, d_head: int, rank: int, itemsize: int, processo
     programs = processors * (2 if BLOCK_M * row_bytes <= room else 1)
     tiles = triton.cdiv(h, BLOCK_H)
     splits = max(1, min(triton.cdiv(M, BLOCK_M), programs // (B * tiles)))
-    return (tiles, splits, B), dict(BLOCK_H=BLOCK_H, BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D, STAGES=stages)
+    blocks = dict(BLOCK_H=BLOCK_H, BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D, STAGES=stages)
+    # Two programs of 128 threads may use 255 registers; else the assembler spills some so that three fit.
+    return (tiles, splits, B), blocks if warp_groups else {**blocks, "maxnreg": 255}
 
 
 @torch.library.custom_op("tpa_minimal::decode", mutates_args=())
@@ -193,7 +195,7 @@ def decode(
         split_kernel[grid](
             *factors, length, m, s, y, batch_strides, rank_strides, M, scale, *rows[2:], H=h, D=d_head,
             A_UNIT=a_unit, B_UNIT=b_unit, RANK_Q=rank_q, RANK_K=rank_k, RANK_V=rank_v,
-            PARTS=2 if b_k.itemsize == 2 else 1, WIDEN=INTERPRETED, **blocks, maxnreg=255,
+            PARTS=2 if b_k.itemsize == 2 else 1, WIDEN=INTERPRETED, **blocks,
         )  # fmt: skip
         BLOCK_D = blocks["BLOCK_D"]
         merge_kernel[h, B](m, s, y, out, grid[1], H=h, D=d_head, RANK_V=rank_v, BLOCK=32, BLOCK_D=BLOCK_D)
