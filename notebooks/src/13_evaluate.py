@@ -264,6 +264,7 @@ def share_won(n, p=0.462, q=0.463):
     return 0.5 * (1 + math.erf((q - p) / error / math.sqrt(2)))
 
 
+# %%
 n = np.logspace(2, 7, 200)
 fig, ax = plt.subplots(figsize=(7, 3))
 ax.plot(n, [share_won(x) for x in n])
@@ -473,11 +474,11 @@ before, after = reports.values()
 print(evaluate.table(after).split("\n", 2)[2])
 
 # %% [markdown]
-# The loss has fallen a long way, and no kind of answer has risen above chance. Spelling even lies *below* it, by several
-# errors, which no guesser would: this model knows by now which names occur in its lessons, the right answers are names
-# that never do, and nearly all the wrong ones are names that may. (The untrained model is no guesser either: its random
-# preferences are the same in all questions, so it can lie off 25 % by more than the errors say.) A model first learns
-# which words there are and which follow which, and only much later to look things up in the text.
+# The loss has fallen a long way, and no kind of answer is clearly above chance. Where one lies *below* it by several
+# errors, that is no contradiction: this model knows by now which names and numbers are frequent, and prefers them,
+# right or wrong. Such preferences are the same in all questions, so the errors, which take questions for independent,
+# are too small for it. A model first learns which words there are and which follow which, and only much later to look
+# things up in the text.
 #
 # Longer training does move the answers. The file `results/evaluate_tiny.json` holds two runs of the preset `tiny`, with
 # 1.2 million weights: 300 steps of 2,048 tokens, and one with batches of 4,096 tokens that was stopped at step 918.
@@ -489,25 +490,15 @@ for report in longer:
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 3.4))
-everyone = [before, after, *longer]
-losses = [report["results"]["heldout"]["0"]["loss,none"] for report in everyone]
-for task, marker, line, colour in zip(
-    evaluate.LESSONS, "os^", ("-", "--", ":"), looks.COLOURS
-):
-    found = [report["results"][task]["0"] for report in everyone]
+found = [report["results"] for report in (before, after, *longer)]
+losses = [results["heldout"]["0"]["loss,none"] for results in found]
+for task, style in zip(evaluate.LESSONS, ("o-", "s--", "^:")):
+    mine = [results[task]["0"] for results in found]
     values, errors = (
-        [100 * f[key] for f in found] for key in ("acc,none", "acc_stderr,none")
+        [100 * m[key] for m in mine] for key in ("acc,none", "acc_stderr,none")
     )
-    label = task.removeprefix("lessons_")
     ax.errorbar(
-        losses,
-        values,
-        yerr=errors,
-        marker=marker,
-        linestyle=line,
-        color=colour,
-        label=label,
-        capsize=2,
+        losses, values, yerr=errors, fmt=style, label=task.removeprefix("lessons_")
     )
 ax.axhline(25, color="black", linestyle=":", linewidth=1.2)
 ax.text(4, 26, "chance", va="bottom")

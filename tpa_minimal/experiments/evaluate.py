@@ -314,15 +314,19 @@ def _recall(draw: lessons.Draw) -> Question:
 
 
 def _spelling(draw: lessons.Draw) -> Question:
-    """An invented name, written out again: each other choice differs from it in one of its parts."""
+    """An invented name, written out again: the other choices differ from it in one or both of two of its parts."""
     kinds = (lessons.ONSETS, lessons.NUCLEI, lessons.MEDIALS, lessons.ENDINGS["person"])
     parts = (0, 0, 0, 0)
     while not lessons.is_held_out(*parts):
         parts = tuple(draw.below(len(kind)) for kind in kinds)
-    names = [lessons.name("person", parts)]
-    for place in draw.some(range(4), 3):
-        other = (parts[place] + 1 + draw.below(len(kinds[place]) - 1)) % len(kinds[place])
-        names.append(lessons.name("person", (*parts[:place], other, *parts[place + 1 :])))
+    others = [(part + 1 + draw.below(len(kind) - 1)) % len(kind) for part, kind in zip(parts, kinds)]
+    first, second = draw.some(range(4), 2)
+    # All four combinations of two parts: were each other choice one part off, whoever goes by the sound of parts alone
+    # would prefer some choice to the right one in seven cases of eight.
+    names = [
+        lessons.name("person", tuple(others[i] if i in changed else parts[i] for i in range(4)))
+        for changed in ((), (first,), (second,), (first, second))
+    ]
     told = names[0], draw.one(lessons.COLOURS), draw.one(lessons.OBJECTS)
     context = f"{lessons.keepsake(*told)}\nQuestion: {lessons.keepsake_question(*told)[0]}\nAnswer:"
     choices = draw.some([f" {name} has" for name in names], 4)
