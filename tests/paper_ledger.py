@@ -31,7 +31,7 @@ LEDGER += [
         "MQA and GQA bound the rank of each token's keys by their number of key heads",
         "01_attention_and_the_kv_cache",
         "sharing-is-low-rank",
-        "tests/course/checks/test_ex01.py::test_shared_keys_have_low_rank",
+        "tests/course/checks/test_checks.py::test_shared_keys_have_low_rank",
     ),
     Claim(
         "Table 1, App. H",
@@ -56,7 +56,7 @@ LEDGER += [
         "contextual factors, unlike LoRA's static ones, bound the rank of each token's matrix, not of their stack",
         "02_tensor_product_factorization",
         "contextual-vs-static",
-        "tests/course/checks/test_ex02.py::test_two_notions_of_low_rank",
+        "tests/course/checks/test_checks.py::test_two_notions_of_low_rank",
     ),
     Claim(
         "Table 1",
@@ -102,7 +102,7 @@ LEDGER += [
         "MLA's latent cannot carry RoPE through its up-projection",
         "03_rope_and_prerotation",
         "mla-detour",
-        "tests/course/checks/test_ex03.py::test_a_latent_carries_rope_only_without_compression",
+        "tests/course/checks/test_checks.py::test_a_latent_carries_rope_only_without_compression",
     ),
 ]
 # ------------------------------------------------------------------------------------------------ 04
@@ -196,7 +196,7 @@ LEDGER += [
         "when factor space needs fewer multiply-adds than MHA",
         "06_attention_in_factor_space",
         "equation-a4",
-        "tests/course/checks/test_ex06.py::test_06_3_diagnoses",
+        "tests/course/checks/test_checks.py::test_wrong_answers_are_told_apart",
     ),
 ]
 
@@ -315,7 +315,7 @@ LEDGER += [
         "stretches of the cache attended to apart merge exactly, by rescaling to a common maximum",
         "10_flash_decode",
         "alg-2-stretches",
-        "tests/course/checks/test_ex10.py::test_accepts_the_solution",
+        "tests/course/checks/test_checks.py::test_right_answers_are_accepted_in_every_type",
     ),
     Claim(
         "App. A, Algorithm 2; Sec. 6.2",

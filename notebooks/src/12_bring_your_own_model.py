@@ -649,4 +649,4 @@ checks.ex12_4(largest_ranks)
 # - Fixed A goes down in rank in closed form, at a price. Contextual factors, fitted afterwards, imitate a trained
 #   linear key only as far as its inputs lie to one side, because products of linear maps are even. Train them instead.
 #
-# This is the last notebook. Back to the start: [00 · Start here](00_start_here.ipynb).
+# Next: [13 · Evaluate](13_evaluate.ipynb), what a benchmark number says and what it does not.
