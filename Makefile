@@ -23,7 +23,7 @@ setup: .venv/installed  ## make the virtual environment (the other targets do th
 	@touch $@
 
 demo: setup  ## train a small T6, generate with its factor cache, weigh the cache; DATA=auto|fineweb-edu|lessons|PATH
-	$(BIN)/python -m tpa_minimal.experiments.train --data $(DATA) --preset tiny --out runs/demo --resume
+	$(BIN)/python -m tpa_minimal train --data $(DATA) --preset tiny --out runs/demo --resume
 
 test: setup lint  ## all tests and all notebooks
 	$(TWO_CORES) $(BIN)/python -m pytest -n 2 --dist loadfile tests

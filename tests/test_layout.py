@@ -19,11 +19,13 @@ MODULE = {
     "huggingface": {"tpa", "baselines", "variants", "memory", "files"},
 }
 LABORATORY = [
+    "options",
     "lessons",
     "sources",
     "shards",
     "data",
     "checkpoint",
+    "generate",
     "train",
     "evaluate",
     "bench",

@@ -28,7 +28,7 @@ import time
 
 from tpa_minimal import T6Config
 from tpa_minimal.course import checks, diagrams, looks
-from tpa_minimal.experiments import data, train
+from tpa_minimal.experiments import data, generate, train
 from tpa_minimal.tpa import rms_norm
 
 looks.style()
@@ -97,7 +97,7 @@ assert repeats == 100
 # the loss falls by several nats; so short a training teaches which words are common, hardly how they form a sentence:
 
 # %%
-print(train.generate_text(model, lessons.tokenizer, "", 60, temperature=0.7))
+print(generate.generate_text(model, lessons.tokenizer, "", 60, temperature=0.7))
 
 # %% [markdown]
 # ## Writing with a memory
@@ -154,7 +154,7 @@ looks.show(
 
 # %%
 lengths = [1, *range(16, 257, 16)]
-weights = [train.measure_caches(model, length) for length in lengths]
+weights = [generate.measure_caches(model, length) for length in lengths]
 for tpa, mha in weights:
     assert abs(mha / tpa - 16 / 3) < 1e-9
 

@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from tpa_minimal.experiments import compare, train
+from tpa_minimal.experiments import compare, generate, train
 from tpa_minimal.tpa import T6, T6Config
 
 MICRO = "--steps 3 --batch-size 2 --seq-len 16 --tokens 5000 --lr 3e-3 --seeds 1".split()
@@ -210,7 +210,7 @@ def test_published_rows(name):
                 model.config.n_head,
                 model.num_parameters(),
                 sum(p.numel() for p in model.blocks[0].attention.parameters()),
-                train.measure_caches(model, 8)[0] // 8,
+                generate.measure_caches(model, 8)[0] // 8,
             )
         recorded = ("n_head", "parameters", "layer_parameters", "cache_bytes_per_token")
         assert models[key] == tuple(row[name] for name in recorded), row["cell"]

@@ -1,6 +1,7 @@
 """Training: the recipe, what a run writes, and that nothing but a wrong value can stop it from being continued."""
 
 import errno
+import hashlib
 import json
 import math
 import multiprocessing
@@ -11,13 +12,16 @@ import shutil
 import signal
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tpa_minimal.experiments import data, train
+from tpa_minimal.baselines import MultiHeadAttention
+from tpa_minimal.experiments import checkpoint, data, generate, train
 from tpa_minimal.experiments.train import SettingError, TrainConfig, TrainError
 from tpa_minimal.tpa import T6, T6Config
 
@@ -115,10 +119,10 @@ def test_decay_is_for_matrices_the_tied_embedding_included():
 def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path):
     """The oracle: twenty lines that do the same without processes, parts, checkpoints or autocast."""
     result = run(tmp_path / "run")
-    torch.manual_seed(0)
     token_data = result.data
     changes = {"vocab_size": token_data.vocab_size, **MICRO.changes}
     model = T6(T6Config.preset("tiny", **changes))
+    model.load_state_dict(train.build_model(result.settings, token_data.vocab_size).state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(9):
         if step in (0, 3, 6, 8):
@@ -149,7 +153,8 @@ def test_metrics_have_a_line_per_step_and_the_losses_fall(undisturbed):
     assert [row["tokens"] for row in rows] == [64 * step for step in range(9)]
     assert [row["step"] for row in rows if "val_loss" in row] == [0, 3, 6, 8]
     assert rows[8]["val_loss"] < rows[0]["val_loss"] - 0.1
-    assert {path.name for path in out.iterdir()} == {"metrics.jsonl", "loss.png", "checkpoint-00000008"}
+    seen = {path.name for path in out.iterdir() if path.name != ".lock"}
+    assert seen == {"metrics.jsonl", "loss.png", "config.json", "checkpoint-00000008"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -169,10 +174,10 @@ def test_accumulation_changes_nothing_but_rounding(undisturbed, tmp_path):
 
 def test_a_batch_is_computed_in_as_many_parts_as_memory_needs():
     big = replace(MICRO, batch_size=480, seq_len=1024)
-    assert train._accumulation(big, 1, 50304) == 48  # 10 sequences of 1,024 tokens make 2^29 logits
-    assert train._accumulation(big, 8, 50304) == 6
-    assert train._accumulation(MICRO, 1, 1024) == 1
-    assert train._accumulation(replace(MICRO, batch_size=3, seq_len=8192), 1, 2**17) == 3
+    assert train.accumulation(big, 1, 50304) == 48  # 10 sequences of 1,024 tokens make 2^29 logits
+    assert train.accumulation(big, 8, 50304) == 6
+    assert train.accumulation(MICRO, 1, 1024) == 1
+    assert train.accumulation(replace(MICRO, batch_size=3, seq_len=8192), 1, 2**17) == 3
 
 
 def _one_of_two(rank, config):
@@ -213,20 +218,21 @@ def _train_and_die(config, fatal, counted):
 
         return call
 
-    train.save_file = deadly(train.save_file)
+    checkpoint.save_file = deadly(checkpoint.save_file)
+    checkpoint.huggingface.save_pretrained = deadly(checkpoint.huggingface.save_pretrained)
     train.Path.mkdir = deadly(train.Path.mkdir)
     train.Path.write_text = deadly(train.Path.write_text)
-    train.shutil.rmtree = deadly(shutil.rmtree)
+    shutil.rmtree = deadly(shutil.rmtree)
     train.os.replace = deadly(os.replace)
     train.os.fsync = deadly(os.fsync)
-    train._write_curve = lambda *arguments: None
+    train.write_curve = lambda *arguments: None
     train.train(config, progress=False, log=lambda line: None)
     counted.put(changes)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 def test_killed_before_any_change_to_the_disk_a_run_resumes_to_the_same_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "_write_curve", lambda *arguments: None)
+    monkeypatch.setattr(train, "write_curve", lambda *arguments: None)
     run(tmp_path / "undisturbed", **SHORT)
     expected = (tmp_path / "undisturbed/metrics.jsonl").read_text()
     counted = children.SimpleQueue()
@@ -319,17 +325,17 @@ def test_a_finished_run_is_returned_as_it_is(undisturbed):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(undisturbed, tmp_path, monkeypatch):
-    plain, calls = train.save_file, []
+    plain, calls = checkpoint.save_file, []
 
     def save_file(tensors, path):
         calls.append(path)
-        if len(calls) == 6:  # the moments of the third checkpoint
+        if len(calls) == 3:  # the moments of the third checkpoint
             path.write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
         plain(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_file", save_file)
+        patch.setattr(checkpoint, "save_file", save_file)
         with pytest.raises(TrainError, match=r"No space left on device.*checkpoint-00000001.* is intact.*--resume"):
             run(tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.tmp"))
@@ -356,7 +362,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         (dict(data="fineweb-edu"), "--data fineweb-edu: .* started with lessons"),
         (dict(dtype="bfloat16"), "--dtype bfloat16: .* started with float32"),
         (dict(tokenizer="gpt2"), "--tokenizer gpt2: .* started with lessons"),
-        (dict(changes={"n_layer": 2}), "--changes .* started with"),
+        (dict(changes={"n_layer": 2}), "--set .* started with"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(changes, message, undisturbed):
@@ -502,7 +508,11 @@ def test_the_checkpoint_of_another_configuration_is_named(undisturbed, tmp_path)
     run(tmp_path / "other", steps=1, changes={**MICRO.changes, "d_model": 8})
     shutil.copytree(undisturbed[0], tmp_path / "run")
     foreign = tmp_path / "other/checkpoint-00000001/model.safetensors"
-    shutil.copy(foreign, tmp_path / "run/checkpoint-00000008/model.safetensors")
+    folder = tmp_path / "run/checkpoint-00000008"
+    shutil.copy(foreign, folder / "model.safetensors")
+    state = json.loads((folder / "state.json").read_text())
+    state["sums"]["model.safetensors"] = hashlib.sha256(foreign.read_bytes()).hexdigest()
+    (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(SettingError, match=r"has shape \(.*8\) where this model needs .* another configuration"):
         run(tmp_path / "run", resume=True)
 
@@ -514,11 +524,11 @@ def test_there_must_be_a_checkpoint_to_load(tmp_path):
 
 def test_text_is_generated_from_any_prompt_and_any_weights(undisturbed):
     model, tokenizer, *_ = train.load_checkpoint(undisturbed[0])
-    text = train.generate_text(model, tokenizer, "The lamp is red.", 30, seed=1)
-    assert text == train.generate_text(model, tokenizer, "The lamp is red.", 30, seed=1) != ""
-    assert text != train.generate_text(model, tokenizer, "The lamp is red.", 30, seed=2)
+    text = generate.generate_text(model, tokenizer, "The lamp is red.", 30, seed=1)
+    assert text == generate.generate_text(model, tokenizer, "The lamp is red.", 30, seed=1) != ""
+    assert text != generate.generate_text(model, tokenizer, "The lamp is red.", 30, seed=2)
     padded = T6(T6Config(tokenizer.n_vocab + 5000, 1, 8, 2, 4))  # draws ids that the tokenizer does not know
-    train.generate_text(padded, tokenizer, "", 50, top_k=None)
+    generate.generate_text(padded, tokenizer, "", 50, top_k=None)
 
 
 @pytest.mark.parametrize("attention", train.ATTENTIONS)
@@ -537,7 +547,7 @@ def test_every_attention_trains_with_the_parameters_and_the_cache_of_its_formula
         "tpa": 4 * (16 + 8), "tpa-kv-only": 4 * (h + 8), "mha": 2 * h * 8, "mqa": 2 * 8, "gqa": 2 * 2 * 8,
         "mla": 4 * 8 + 4,
     }[attention]  # fmt: skip
-    assert train.measure_caches(result.model, 50) == (50 * 2 * 4 * per_token, 50 * 2 * 4 * 2 * h * 8)
+    assert generate.measure_caches(result.model, 50) == (50 * 2 * 4 * per_token, 50 * 2 * 4 * 2 * h * 8)
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -576,12 +586,12 @@ def test_a_wrong_option_is_one_line_and_status_2(options, tmp_path, capsys):
         status = error.code
     lines = capsys.readouterr().err.splitlines()
     assert status == 2 and len(lines) == 1
-    assert lines[0].startswith("python -m tpa_minimal.experiments.train: ") and options.split()[-1] in lines[0]
+    assert lines[0].startswith("python -m tpa_minimal train: ") and options.split()[-1] in lines[0]
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("where", ["data.prepare", "train.generate_text"])
+@pytest.mark.parametrize("where", ["data.prepare", "generate.generate_text"])
 def test_a_signal_outside_the_steps_is_one_line_and_a_status_too(number, status, where, tmp_path, capsys, monkeypatch):
     def interrupted(*_, **__):
         signal.raise_signal(number)
@@ -609,5 +619,173 @@ def test_ctrl_c_ends_the_command_with_130_and_how_to_continue(tmp_path, capsys, 
     assert command(tmp_path / "run", *options) == 130
     captured = capsys.readouterr()
     line = captured.err.splitlines()[-1]
-    assert "stopped and saved at step 3; continue with: python -m tpa_minimal.experiments.train --out" in line
+    assert "stopped and saved at step 3; continue with: python -m tpa_minimal train --out" in line
     monkeypatch.undo()
+
+
+def test_the_backbones_weights_are_the_same_for_every_attention():
+    """So that a difference between two mechanisms is the mechanism's: runs of a seed are paired."""
+    settings, _ = train.settle(replace(MICRO, out="runs/none"))
+    models = {
+        name: train.build_model(replace(settings, attention=name), 300) for name in ("tpa", "tpa-kv-only", "mha", "gqa")
+    }
+    backbones = [
+        {key: value for key, value in model.state_dict().items() if ".attention." not in key}
+        for model in models.values()
+    ]
+    for backbone in backbones[1:]:
+        assert all(torch.equal(backbone[key], backbones[0][key]) for key in backbones[0])
+    other = train.build_model(replace(settings, seed=1), 300)
+    assert not torch.equal(other.embedding.weight, models["tpa"].embedding.weight)
+    layers = [block.attention.factor_proj.weight for block in train.build_model(
+        replace(settings, changes={**MICRO.changes, "n_layer": 2}), 300).blocks]  # fmt: skip
+    assert not torch.equal(*layers)
+
+
+def test_fields_of_the_configuration_can_be_set(tmp_path):
+    options = "--data lessons --tokens 20000 --steps 1 --batch-size 2 --seq-len 8 --device cpu"
+    changes = "--set n_layer=1 --set rank_k=1 --set init=authors"
+    assert train.main(["--out", str(tmp_path / "run"), *options.split(), *changes.split()]) == 0
+    config = train.load_checkpoint(tmp_path / "run").model.config
+    assert (config.n_layer, config.rank_k, config.rank_v, config.init) == (1, 1, 2, "authors")
+
+
+@pytest.mark.parametrize("text", ["rank_k", "colour=3", "rank_k=two"])
+def test_a_field_that_cannot_be_set_is_named(text, tmp_path):
+    with pytest.raises(SettingError, match=f"--set {text}"):
+        train.settle(replace(MICRO, out=tmp_path / "run", set=(text,)))
+
+
+def test_a_run_starts_from_another_models_weights_and_resumes(undisturbed, tmp_path):
+    source = str(undisturbed[0])
+    changes = dict(init_from=source, steps=4, lr=1e-4)
+    result = run(tmp_path / "run", **changes)
+    assert result.metrics[0]["train_loss"] < json.loads(undisturbed[1].splitlines()[0])["train_loss"] - 0.1
+    loaded = train.load_checkpoint(tmp_path / "run")
+    assert torch.equal(loaded.model.embedding.weight, result.model.embedding.weight)
+    assert run(tmp_path / "run", resume=True, **changes).metrics == result.metrics
+    with pytest.raises(SettingError, match="--init-from .*no/such"):
+        run(tmp_path / "other", init_from="./no/such")
+    assert not (tmp_path / "other").exists()
+
+
+def test_rows_of_the_metrics_go_to_a_callback(tmp_path):
+    rows = []
+    config = replace(MICRO, out=tmp_path / "run", steps=2)
+    result = train.train(config, progress=False, log=lambda line: None, callback=rows.append)
+    assert rows == result.metrics and len(rows) == 3
+
+
+class OwnAttention(MultiHeadAttention):
+    """A layer of somebody's own."""
+
+
+def test_a_layer_of_ones_own_trains_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    name = f"{__name__}:OwnAttention"
+    whole = run(tmp_path / "whole", attention=name, steps=3)
+    assert type(whole.model.blocks[0].attention).__name__ == "OwnAttention"
+    assert type(train.load_checkpoint(tmp_path / "whole").model.blocks[0].attention).__name__ == "OwnAttention"
+    for wrong in ("no.such:Layer", "math:Layer", "tpa2"):
+        with pytest.raises(SettingError, match=f"--attention {wrong}"):
+            run(tmp_path / "other", attention=wrong)
+
+
+def test_a_second_run_into_a_folder_is_refused_while_the_first_goes_on(tmp_path):
+    def intrude(row):
+        if row["step"] == 1:
+            with pytest.raises(SettingError, match="another run is writing there"):
+                run(tmp_path / "run", resume=True, steps=2)
+
+    config = replace(MICRO, out=tmp_path / "run", steps=2)
+    train.train(config, progress=False, log=lambda line: None, callback=intrude)
+    assert run(tmp_path / "run", resume=True, steps=2).step == 2
+
+
+def test_a_folder_that_vanishes_is_an_error(tmp_path):
+    def remove(row):
+        if row["step"] == 2:
+            shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+
+    with pytest.raises(TrainError, match="removed or renamed"):
+        config = replace(MICRO, out=tmp_path / "run")
+        train.train(config, progress=False, log=lambda line: None, callback=remove)
+
+
+def test_a_folder_of_the_users_own_is_left_alone(tmp_path):
+    (tmp_path / "run/checkpoint-notes.tmp").mkdir(parents=True)
+    (tmp_path / "run/checkpoint-notes.tmp/mine").touch()
+    run(tmp_path / "run", steps=2)
+    assert (tmp_path / "run/checkpoint-notes.tmp/mine").exists()
+
+
+CRAFTED = {
+    "moments of one number": ("training.safetensors", lambda name, x: x.new_zeros(1) if "exp_avg" in name else x),
+    "whole numbers": ("model.safetensors", lambda name, x: x.long()),
+    "not numbers": ("model.safetensors", lambda name, x: x * float("nan")),
+}
+
+
+@pytest.mark.parametrize("case", CRAFTED)
+def test_a_crafted_checkpoint_is_refused(case, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    folder, (name, craft) = tmp_path / "run/checkpoint-00000008", CRAFTED[case]
+    tensors = safetensors.torch.load_file(folder / name)
+    safetensors.torch.save_file({key: craft(key, value).contiguous() for key, value in tensors.items()}, folder / name)
+    with pytest.raises(SettingError, match=rf"{name}.*SHA-256"):
+        run(tmp_path / "run", resume=True)
+    state = json.loads((folder / "state.json").read_text())
+    state["sums"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(SettingError, match=name):
+        run(tmp_path / "run", resume=True)
+
+
+def test_a_huge_model_in_a_state_is_refused_before_it_is_built(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    file = tmp_path / "run/checkpoint-00000008/state.json"
+    for change in (dict(n_layer=10**9), dict(d_ff=10**7), dict(max_len=10**9, d_model=10**6)):
+        state = json.loads(file.read_text())
+        state["settings"]["changes"] = {**MICRO.changes, **change}
+        file.write_text(json.dumps(state))
+        with pytest.raises(SettingError, match="model.safetensors"):
+            train.load_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "bf16, expected", [(True, "bfloat16"), (False, "float16")], ids=["an A100", "a T4, which emulates bfloat16"]
+)
+def test_the_dtype_is_what_the_card_computes_in(bf16, expected, monkeypatch):
+    def supported(including_emulation=True):
+        return bf16 or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert train.natural_dtype(torch.device("cuda:0")) == expected
+    assert train.natural_dtype(torch.device("cpu")) == "float32"
+
+
+def test_mps_is_refused_under_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(SettingError, match="--device mps"):
+        train.find_device("mps")
+
+
+def test_the_command_writes_text(undisturbed, capsys):
+    assert train.generate_command([str(undisturbed[0]), "--prompt", "The lamp", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("The lamp")
+    for options in (["no/such"], [str(undisturbed[0]), "--temperature", "nan"]):
+        assert train.generate_command(options) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_transformers_opens_a_run(undisturbed):
+    transformers = pytest.importorskip("transformers")
+    import tpa_minimal.huggingface  # noqa: F401, registers T6
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(undisturbed[0] / "checkpoint-00000008")
+    tokens = torch.arange(12).view(1, -1)
+    expected = train.load_checkpoint(undisturbed[0]).model(tokens)
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-6)
+    again = transformers.AutoModelForCausalLM.from_pretrained(undisturbed[0])
+    assert torch.equal(again(tokens).logits, model(tokens).logits)

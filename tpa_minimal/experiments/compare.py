@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from tpa_minimal.experiments import bench, data, train
+from tpa_minimal.experiments import bench, data, generate, train
 from tpa_minimal.memory import Layer, match_heads
 from tpa_minimal.tpa import T6Config
 
@@ -164,7 +164,7 @@ def run(cell: str, config: train.TrainConfig, progress: bool) -> dict | None:
         "parameters": model.num_parameters(),
         "layer_parameters": layer,
         "mismatch": layer / budget - 1,  # of a layer's parameters, against the TPA layer of the preset
-        "cache_bytes_per_token": train.measure_caches(model, 64)[0] // 64,
+        "cache_bytes_per_token": generate.measure_caches(model, 64)[0] // 64,
         # Of the evaluations during training the lowest: where data is scarce, training should have stopped there.
         "val_loss": best["val_loss"],
         "val_step": best["step"],
