@@ -25,12 +25,16 @@ LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 PAGES = [*build.sources(), NOTEBOOKS / "README.md", NOTEBOOKS / "api.md"]
 
 
-def links(path):
-    """The targets of the links and images in a page's text that lead to a file of the project."""
-    cells = jupytext.read(path, fmt="py:percent").cells if path.suffix == ".py" else []
-    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown") or path.read_text("utf-8")
-    targets = ("".join(groups) for groups in LINK.findall(re.sub(r"`[^`\n]*`", "", text)))  # no code
+def files(text):
+    """The targets of the links and images in Markdown that lead to a file of the project."""
+    targets = ("".join(groups) for groups in LINK.findall(re.sub(r"`[^`\n]*`", "", text)))  # not in code
     return [target for target in targets if not urlsplit(target).scheme and not target.startswith("#")]
+
+
+def links(path):
+    """What a page of PAGES links to."""
+    cells = jupytext.read(path, fmt="py:percent").cells if path.suffix == ".py" else []
+    return files("\n".join(c.source for c in cells if c.cell_type == "markdown") or path.read_text("utf-8"))
 
 
 def contents():
@@ -76,6 +80,15 @@ def test_links_lead_to_files(page):
     for target in links(page):
         path = Path(os.path.normpath(NOTEBOOKS / unquote(urlsplit(target).path)))
         assert path in built or path.is_file(), f"{page.name} links to {target}, which is no file"
+
+
+@pytest.mark.parametrize("source", build.sources(), ids=lambda path: path.stem)
+def test_links_of_a_solved_notebook_lead_to_files(source):
+    built = {build.target(other, solved) for other in build.sources() for solved in (False, True)}
+    cells = build.compose(source, solved=True).cells
+    for target in files("\n".join(cell.source for cell in cells if cell.cell_type == "markdown")):
+        path = Path(os.path.normpath(NOTEBOOKS / "solutions" / unquote(urlsplit(target).path)))
+        assert path in built or path.is_file(), f"the solved {source.stem} links to {target}, which is no file"
 
 
 def test_a_copy_in_work_keeps_what_a_student_wrote_and_its_links(tmp_path):
