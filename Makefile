@@ -7,7 +7,7 @@ TWO_CORES := OMP_NUM_THREADS=1
 # The notebooks run as they do without a network, whatever this machine has.
 NBVAL := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=120
 
-.PHONY: help setup demo test lab notebooks stamp lint
+.PHONY: help setup demo test lab work book notebooks stamp lint
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,8 +30,17 @@ test: setup lint  ## all tests and all notebooks
 	$(TWO_CORES) $(NBVAL) notebooks/*.ipynb
 	$(TWO_CORES) TPA_STRICT=1 $(NBVAL) notebooks/solutions/*.ipynb
 
-lab: setup  ## JupyterLab on notebooks/
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+lab: setup work  ## JupyterLab on copies of the notebooks in work/, where you can change what you like
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/work/00_start_here.ipynb
+
+# Only what is missing is copied, so nothing that a student wrote is lost; links work as they do from notebooks/.
+work:
+	@mkdir -p work/solutions
+	@cd notebooks && for file in *.ipynb solutions/*.ipynb README.md; do \
+	  [ -e "../work/$$file" ] || cp "$$file" "../work/$$file"; done
+
+book: setup  ## a site of notebooks, guide and module in _build/html, to be read without a network
+	$(BIN)/jupyter-book build notebooks --path-output . -W --keep-going
 
 notebooks: setup  ## build and execute all notebooks from notebooks/src
 	$(BIN)/python notebooks/build.py

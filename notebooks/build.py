@@ -127,6 +127,8 @@ def compose(source: Path, solved: bool) -> nbformat.NotebookNode:
             cell.source = text.format(repository=repository(), version=version(), seconds=seconds[1])
         if "tpa" in tags:
             cell.source = DIRECTIVE.sub(lambda m: "\n\n\n".join(known[name] for name in m[1].split()), cell.source)
+        if solved and cell.cell_type == "markdown":  # one folder deeper; links to notebooks stay among the solved
+            cell.source = re.sub(r"\]\((\.\./|README\.md)", r"](../\1", cell.source).replace("](solutions/", "](")
         kept = {key: cell.metadata[key] for key in ("tags", "claim") if key in cell.metadata}
         if {"hide-input", "setup"} & set(tags):  # JupyterLab folds the code; jupyter-book reads the tag
             kept["tags"] = sorted({*tags, "hide-input"})
