@@ -19,6 +19,7 @@ MODULE = {
     "huggingface": {"tpa", "baselines", "variants", "memory", "files"},
 }
 LABORATORY = [
+    "watch_memory",
     "lessons",
     "sources",
     "shards",
