@@ -118,10 +118,9 @@ def verdict(account: Account, settings: Settings) -> str:
     if account.weights > memory:
         return f"the weights alone do not fit in {settings.memory_gb} GB"
     fits = "fits" if account.total <= memory else "does not fit"
-    most = (
-        "any context" if account.largest_context == float("inf") else f"{tokens_text(account.largest_context)} tokens"
-    )
-    return f"{fits} in {settings.memory_gb} GB; largest context: {most}"
+    most = account.largest_context
+    tokens = "any" if most == float("inf") else f"{tokens_text(most)} tokens"
+    return f"{fits} in {settings.memory_gb} GB; largest context: {tokens}"
 
 
 def bar_pixels(account: Account, settings: Settings, right: float) -> np.ndarray:
@@ -156,9 +155,8 @@ def answer(settings: Settings) -> tuple[str, str]:
     number, sentence = headline(s)
     sequences = "one sequence" if s.batch_size == 1 else f"{s.batch_size} sequences"
     context = f"{s.model}, {sequences} of {s.context:,} tokens, cache in {s.dtype}, weights in {s.weight_dtype}"
-    colour = looks.of("tpa").colour
     parts = [
-        f"<div>{html.escape(context)}</div><div><b style='font-size:2.6em;line-height:1.3;color:{colour}'>{number}</b> "
+        f"<div>{html.escape(context)}</div><div><b style='font-size:2.6em;line-height:1.3'>{number}</b> "
         f"<span style='font-size:1.1em'>{html.escape(sentence)}</span></div>"
     ]
     plain = [context, f"{number} {sentence}"]
