@@ -543,7 +543,7 @@ for r, ax in enumerate(axes):
     ax.set_yticks(range(8), range(1, 9))
 axes[1].set_xticks(range(len(words)), words, rotation=90, fontsize=8)
 fig.colorbar(image, ax=axes, label="entry of $a_K$")
-axes[0].set_title("$A_K$: how strongly each token shows itself to each head")
+axes[0].set_title("$A_K$: how strongly each token shows itself to each head (dots: < 0)")
 looks.show(
     fig,
     alt="Two colour maps, one per rank, of the key head factors: 8 heads by the tokens "

@@ -145,7 +145,7 @@ def largest_context_by_memory(
     """The largest context that fits beside the weights on GPUs of several sizes, a bar for each version."""
     fig, ax = plt.subplots(figsize=(8.6, 3.8))
     shown = versions(model, ranks)
-    width = 0.8 / len(shown)
+    width = 0.92 / len(shown)
     looks = looks_of([version.layer for version in shown.values()])
     for i, ((label, version), (colour, _, _, hatch)) in enumerate(zip(shown.items(), looks)):
         x = np.arange(len(GPUS)) + (i - (len(shown) - 1) / 2) * width
@@ -154,7 +154,7 @@ def largest_context_by_memory(
         ax.bar(x, shown, width, label=label, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
         for position, context in zip(x, most):
             ax.annotate(tokens_text(context), (position, max(context, 1024)), (0, 2), textcoords="offset points",
-                        ha="center", fontsize=8)  # fmt: skip
+                        ha="center", fontsize=7.5)  # fmt: skip
     ax.set_yscale("log", base=2)
     ax.set_ylim(1024, 2**24)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: tokens_text(y)))
