@@ -160,8 +160,8 @@ ax.set_title("A tenth of the steps to warm up, then down to a twentieth")
 ax.set(xlabel="step", ylabel="rate / peak")
 looks.show(
     fig,
-    alt="The learning rate over 100 steps, as a share of its peak: a straight rise over "
-    "the first 10, then half a cosine down to a twentieth.",
+    alt="The learning rate over 100 steps, as a share of its peak: a straight rise "
+    "over the first 10, then half a cosine down to a twentieth.",
 )
 
 # %% [markdown]
@@ -217,7 +217,7 @@ checks.ex08_2(learning_rate)
 
 # %%
 def run(name, steps, **changes):
-    """One training run in its own folder, silently; a repeated call continues or returns it."""
+    """One training run in a folder of its own; a repeated call continues or returns it."""
     corpus = dict(data=tokens.source, tokens=tokens.meta["request"]["tokens"])
     own = dict(out=runs / name, steps=steps, resume=True)
     config = train.TrainConfig(**{**corpus, **own, **settings, **changes})
@@ -230,7 +230,8 @@ result = run("tpa", steps, eval_every=steps // 6)
 first, last = result.metrics[0]["val_loss"], result.metrics[-1]["val_loss"]
 assert last < know_frequencies < first
 print(f"{result.model.num_parameters():,} parameters, trained in this notebook at")
-print(f"{result.tokens_per_second:,.0f} tokens per second; loss from {first:.2f} to {last:.2f}")
+print(f"{result.tokens_per_second:,.0f} tokens per second;", end=" ")
+print(f"held-out loss from {first:.2f} to {last:.2f}")
 
 # %% tags=["hide-input"]
 fig, ax = plt.subplots()
@@ -360,7 +361,8 @@ per_layer = {"tpa": (c.rank_k + c.rank_v) * (c.n_head + c.d_head)}
 per_layer["mha"] = 2 * c.n_head * c.d_head
 for name, numbers in per_layer.items():
     assert caches[name] == 128 * c.n_layer * numbers * 4  # bytes of a float32
-    print(f"128 tokens, {c.n_head} heads of width {c.d_head}, {name}: {caches[name]:,} bytes")
+    heads = f"{c.n_head} heads of width {c.d_head}"
+    print(f"128 tokens, {heads}, {name}: {caches[name]:,} bytes")
 
 # %% [markdown]
 # ## 8 · TPA and MHA at equal parameters, on a small scale
@@ -401,9 +403,10 @@ for seed, *both in pairs:
     ax.plot([seed, seed], both, color="0.6", linewidth=1, zorder=1)
 for name, losses in final.items():
     colour, marker, _, _ = looks.of(name)
-    ax.plot(seeds, losses, color=colour, marker=marker, linestyle="", label=name.upper())
+    ax.plot(seeds, losses, color=colour, marker=marker, ls="", label=name.upper())
 ax.set_xticks(list(seeds), [f"seed {seed}" for seed in seeds])
-ax.set(title=f"After {short} steps: a pair for each seed", ylabel="held-out loss (nats)")
+ax.set_title(f"After {short} steps: a pair for each seed")
+ax.set_ylabel("held-out loss (nats)")
 ax.set_xlim(-0.5, len(seeds) - 0.5)
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 said = "; ".join(f"seed {s}: TPA {a:.3f}, MHA {b:.3f}" for s, a, b in pairs)
@@ -493,7 +496,7 @@ rows = compare.read_rows(compare.MEASURED)
 assert not any(row["failed"] for row in rows)
 each = rows[0]["steps"] * 1024
 hours = sum(each / row["train_tokens_per_second"] for row in rows) / 3600
-print(f"{len(rows)} runs of {each:,} tokens each: {hours:.1f} hours of training in all,")
+print(f"{len(rows)} runs of {each:,} tokens: {hours:.1f} hours of training in all,")
 print(f"on {rows[0]['device']}, {rows[0]['threads']} thread(s) a run")
 display(Markdown("\n".join(compare.table(rows))))
 
@@ -504,7 +507,7 @@ display(Markdown("\n".join(compare.table(rows))))
 
 # %% tags=["hide-input"]
 def show_rates(rows, source, title):
-    """The losses of the learning rates that were tried on a data set, for each mechanism."""
+    """The losses of the learning rates that were tried on a data set."""
     searched = [r for r in rows if (r["experiment"], r["data"]) == ("rates", source)]
     fig, ax = plt.subplots(figsize=(7.5, 3.4))
     best = []
@@ -555,8 +558,10 @@ looks.show(fig, alt=f"Differences to MHA with their intervals: {', '.join(said)}
 pairs = [(cell, "mha") for cell in cells]
 pairs += [("tpa-heads-of-mha", "tpa"), ("tpa-init-authors", "tpa")]
 pairs += [("tpa-init-authors", "mqa")]
-table = [[f"{a} − {b}", str(compare.paired_difference(lessons, a, b))] for a, b in pairs]
-looks.table(["", "mean [95 % interval]"], table, "Differences of the loss, nats per token")
+found = [compare.paired_difference(lessons, a, b) for a, b in pairs]
+table = [[f"{a} − {b}", str(interval)] for (a, b), interval in zip(pairs, found)]
+caption = "Differences of the held-out loss, nats per token"
+looks.table(["", "mean [95 % interval]"], table, caption)
 
 # %% [markdown]
 # Six of the seven intervals are to the right of zero. So early in training, at this size and on this text, MHA is ahead
@@ -617,8 +622,8 @@ fig.legend(*handles, loc="outside lower center", ncols=3, fontsize=8.5)
 looks.show(
     fig,
     alt="Two panels against the cache in bytes per token, with error bars. Left, "
-    "held-out loss: each of three lines of TPA falls as the ranks grow; GQA and MHA have "
-    "the lowest losses, MQA the smallest cache. Right, recall: all lie around 50 %.",
+    "held-out loss: each of three lines of TPA falls as the ranks grow; GQA and MHA "
+    "have the lowest losses, MQA the smallest cache. Right, recall: all are near 50 %, as guessing is.",
 )
 
 # %% [markdown]
@@ -648,12 +653,14 @@ table = []
 for cell in ("mha", "tpa", "tpa-init-authors"):
     own = by_seed(longer, cell)
     losses = "  ".join(f"{row['val_loss']:.3f}" for row in own)
-    found = "  ".join(f"{one['choice']:.0%}" for row in own for one in row["recall"][:2])
+    probes = [probe for row in own for probe in row["recall"][:2]]
+    found = "  ".join(f"{probe['choice']:.0%}" for probe in probes)
     difference = "" if cell == "mha" else str(compare.paired_difference(longer, cell))
     table.append([cell, losses, found, difference])
 
 # %% tags=["hide-input"]
-header = ["", "held-out loss by seed", "recall of two facts", "difference to MHA [95 %]"]
+header = ["", "held-out loss by seed", "recall of two facts"]
+header.append("difference to MHA [95 %]")
 looks.table(header, table, "After 2,000 steps on the lessons")
 
 # %% [markdown]
@@ -678,7 +685,8 @@ searched += ["tpa-heads-of-mha", "tpa-init-authors"]  # these take TPA's rate
 real = [row for row in compare.compared(rows, "fineweb-edu") if row["cell"] in searched]
 first, passes = min(row["val_step"] for row in real), real[0]["epochs"]
 print(f"lowest loss at step {first} or later, after {passes:.2f} passes")
-print(f"tpa-init-authors - tpa: {compare.paired_difference(real, 'tpa-init-authors', 'tpa')}")
+gain = compare.paired_difference(real, "tpa-init-authors", "tpa")
+print(f"tpa-init-authors - tpa: {gain}")
 table = []
 for cell in searched:
     own = by_seed(real, cell)

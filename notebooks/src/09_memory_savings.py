@@ -118,14 +118,15 @@ if sys.platform == "linux":  # elsewhere a process's memory is counted in other 
     measured = watch_memory.measure()
     for row in measured.values():
         assert row["formula"] == row["cache"]
-        assert abs(row["held"] - row["formula"]) < 1e6
+        assert abs(row["between_steps"] - row["formula"]) < 1e6
         assert row["peak"] - row["formula"] < 16e6
 
 # %% tags=["hide-input"]
 if sys.platform == "linux":
     rows = []
     for name, row in measured.items():
-        rows.append([name, *(f"{row[k] / 1e6:.2f}" for k in ("formula", "held", "peak"))])
+        kinds = ("formula", "between_steps", "peak")
+        rows.append([name, *(f"{row[kind] / 1e6:.2f}" for kind in kinds)])
     header = ["", "formula", "process, between steps", "process, peak"]
     looks.table(header, rows, "The cache of 128 sequences of 128 tokens, in MB")
 
@@ -136,10 +137,11 @@ if sys.platform == "linux":
     fig, ax = plt.subplots(figsize=(7.5, 3.4))
     for place, (name, row) in enumerate(measured.items()):
         ax.bar(place, row["formula"] / 1e6, 0.55, **looks.of(name.lower()).bar_style())
-    for key, marker, label in (("held", "o", "between steps"), ("peak", "^", "peak")):
+    for key, marker in (("between_steps", "o"), ("peak", "^")):
         values = [row[key] / 1e6 for row in measured.values()]
         look = dict(markerfacecolor="white", markeredgecolor="black", markersize=9)
-        ax.plot(range(len(values)), values, marker, label=f"process, {label}", **look)
+        label = f"process, {key.replace('_', ' ')}"
+        ax.plot(range(len(values)), values, marker, label=label, **look)
     ax.set_yscale("log")
     ax.set_xticks(range(len(measured)), measured)
     ax.set_ylabel("memory [MB]")

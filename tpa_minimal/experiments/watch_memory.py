@@ -1,6 +1,6 @@
 """Memory of a process while it decodes, as the operating system counts it, beside the formula; Linux only.
 
-measure()["TPA"]     {"formula": 13107200, "cache": 13107200, "held": ..., "peak": ...}, in bytes
+measure()["TPA"]     {"formula": ..., "cache": ..., "between_steps": ..., "peak": ...}, in bytes
 """
 
 import functools
@@ -31,9 +31,9 @@ ATTENTIONS = {
 
 @torch.no_grad()
 def watch(name: str) -> dict:
-    """Decode token by token with one layer; the bytes of its cache by formula and by object, held, and at the peak.
+    """Decode token by token with one layer; bytes of the cache by formula and by object, and what the process uses.
 
-    held: the most that the process has more than at the start after any step. peak: the same within a step.
+    between_steps: how much more it uses after a step than at the start, at most. peak: the same within a step.
     """
     layer = ATTENTIONS[name](T6Config(vocab_size=64, n_layer=1, max_len=STEPS, **SIZES))
     x, in_use = torch.zeros(BATCH_SIZE, 1, SIZES["d_model"]), psutil.Process().memory_info
@@ -41,13 +41,13 @@ def watch(name: str) -> dict:
     for _ in range(3):  # loads what a step needs
         layer(x, warm)
     del warm
-    before, cache, held = in_use().rss, layer.new_cache(BATCH_SIZE), 0
+    before, cache, most = in_use().rss, layer.new_cache(BATCH_SIZE), 0
     while cache.length < STEPS:
         layer(x, cache)
-        held = max(held, in_use().rss - before)
+        most = max(most, in_use().rss - before)
     highest = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # in kB
     formula = Layer(name.lower(), **SIZES, n_kv_head=4).cached_numbers * BATCH_SIZE * STEPS * 4  # float32
-    return dict(formula=formula, cache=cache.nbytes, held=held, peak=int(highest) * 1024 - before)
+    return dict(formula=formula, cache=cache.nbytes, between_steps=most, peak=int(highest) * 1024 - before)
 
 
 def measure() -> dict[str, dict]:
