@@ -217,7 +217,7 @@ checks.ex08_2(learning_rate)
 
 # %%
 def run(name, steps, **changes):
-    """One training run in a folder of its own; a repeated call continues or returns it."""
+    """A training run in its own folder; a repeated call continues or returns it."""
     corpus = dict(data=tokens.source, tokens=tokens.meta["request"]["tokens"])
     own = dict(out=runs / name, steps=steps, resume=True)
     config = train.TrainConfig(**{**corpus, **own, **settings, **changes})
@@ -623,7 +623,8 @@ looks.show(
     fig,
     alt="Two panels against the cache in bytes per token, with error bars. Left, "
     "held-out loss: each of three lines of TPA falls as the ranks grow; GQA and MHA "
-    "have the lowest losses, MQA the smallest cache. Right, recall: all are near 50 %, as guessing is.",
+    "have the lowest losses, MQA the smallest cache. Right, recall: all are near 50 %, "
+    "as guessing is.",
 )
 
 # %% [markdown]

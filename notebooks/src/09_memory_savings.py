@@ -234,7 +234,7 @@ looks.show(
     picture,
     alt="Cache in GB against the context, both logarithmic: four parallel lines. From "
     "the highest: MHA, GQA as shipped, TPA of ranks 2, TPA of ranks 1. A level at 44.7 "
-    "GB is what int4 weights leave free on 80 GB; GQA reaches it just above 128k tokens.",
+    "GB is what int4 weights leave free on 80 GB; GQA reaches it just above 128k.",
 )
 
 # %% tags=["hide-input"]
@@ -258,10 +258,11 @@ model, budget, context = MODELS["Llama 3 8B"], 24 * GB, 131_072
 rows = []
 for version in (model, model.with_tpa(16, 1, 1), model.with_tpa(16, 2, 2)):
     cache, weights = version.cache_bytes(context), version.weight_bytes("bfloat16")
-    ratio = "–" if version is model else f"{model.cache_bytes(context) / cache:.1f} times"
+    ratio = f"{model.cache_bytes(context) / cache:.1f} times"
     fits = "fits" if cache + weights <= budget else "does not fit"
     total = [f"{cache / GB:.2f} GB", ratio, f"{weights / GB:.2f} GB", fits]
     rows.append([version.layer.describe(), *total])
+rows[0][2] = "–"  # the shipped model itself
 
 # %% tags=["hide-input", "nbval-check-output"]
 header = ["", "cache", "less than shipped", "weights", f"in {budget / GB:.0f} GB"]
@@ -461,8 +462,8 @@ looks.show(
     diagrams.decode_cost(shown, title=title),
     alt="Two panels against the context, logarithmic. Left, multiply-adds by App. A.4: "
     "MLA needs the most, then TPA of ranks 2, then MHA and GQA alike, then TPA of "
-    "ranks 1. Right, bytes of cache read: MHA by far the most, then GQA; below them TPA of "
-    "ranks 2, MLA and TPA of ranks 1.",
+    "ranks 1. Right, bytes of cache read: MHA by far the most, then GQA, then TPA "
+    "of ranks 2, MLA and TPA of ranks 1.",
 )
 
 # %% [markdown]
@@ -545,7 +546,8 @@ for r, ax in enumerate(axes):
     ax.set_yticks(range(8), range(1, 9))
 axes[1].set_xticks(range(len(words)), words, rotation=90, fontsize=8)
 fig.colorbar(image, ax=axes, label="entry of $a_K$")
-axes[0].set_title("$A_K$: how strongly each token shows itself to each head (dots: < 0)")
+title = "$A_K$: how strongly each token shows itself to each head (dots: negative)"
+axes[0].set_title(title)
 looks.show(
     fig,
     alt="Two colour maps, one per rank, of the key head factors: 8 heads by the tokens "
@@ -623,8 +625,8 @@ for ax in (left, right):
 looks.show(
     fig,
     alt="Singular values, logarithmic. Left, of each token's keys: after the second "
-    "only rounding is left. Right, of all tokens' keys together: they fall slowly, over "
-    "many directions.",
+    "only rounding is left. Right, of all tokens' keys together: they fall slowly, "
+    "over many directions.",
 )
 
 # %% [markdown]

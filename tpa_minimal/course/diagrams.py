@@ -150,8 +150,8 @@ def largest_context_by_memory(
     for i, ((label, version), (colour, _, _, hatch)) in enumerate(zip(shown.items(), looks)):
         x = np.arange(len(GPUS)) + (i - (len(shown) - 1) / 2) * width
         most = [version.largest_context(size * GB, batch_size, dtype, weight_dtype) for size in GPUS]
-        shown = [min(context, 2**24) for context in most]  # an unbounded one is drawn as 16M and labelled
-        ax.bar(x, shown, width, label=label, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+        heights = [min(context, 2**24) for context in most]  # an unbounded one is drawn as 16M and labelled
+        ax.bar(x, heights, width, label=label, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
         for position, context in zip(x, most):
             ax.annotate(tokens_text(context), (position, max(context, 1024)), (0, 2), textcoords="offset points",
                         ha="center", fontsize=7.5)  # fmt: skip
