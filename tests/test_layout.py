@@ -19,7 +19,11 @@ MODULE = {
     "huggingface": {"tpa", "baselines", "variants", "memory", "files"},
 }
 LABORATORY = [
+<<<<<<< HEAD
     "options",
+=======
+    "watch_memory",
+>>>>>>> nbC
     "lessons",
     "sources",
     "shards",

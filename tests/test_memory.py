@@ -1,14 +1,10 @@
 """The accountant against the paper's tables, the models' own files, and the caches and layers that really exist."""
 
-import ast
 import functools
-import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tpa_minimal import baselines, memory, variants
+from tpa_minimal.experiments import watch_memory
 from tpa_minimal.memory import DTYPES, GB, MODELS, PAPER_HEADS, PAPER_SIZES, Layer, Model, match_heads
 from tpa_minimal.tpa import T6, T6Config, TensorProductAttention, assemble
 
@@ -87,30 +84,14 @@ def test_what_is_set_aside_is_the_formula_too(mechanism):
     assert sum(storages(cache).values()) == layer.cached_numbers * 3 * 50 * 4
 
 
-def measurement():
-    """The script that notebook 09 runs in a child process, taken from its source so that it exists once."""
-    source = (Path(__file__).resolve().parents[1] / "notebooks" / "src" / "09_memory_savings.py").read_text("utf-8")
-    assigned = [
-        node.value.value
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "MEASURE"
-    ]
-    return assigned[0]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="how a process's memory is counted differs elsewhere")
 def test_process_memory_grows_by_the_cache():
-    """Held between steps: the cache to 1 MiB. At the peak of a step: 16 MiB more at most, whatever the mechanism."""
-    # Without the threshold, the allocator keeps freed blocks of up to 32 MiB and the next mechanism starts inside them.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", measurement()], capture_output=True, text=True, env=environment, check=True
-    )
-    rows = json.loads(done.stdout)
+    """Between steps: the cache to 1 MiB. At the peak of a step: 16 MiB more at most, whatever the mechanism."""
+    rows = watch_memory.measure()
     assert set(rows) == {"MQA", "TPA", "MLA", "GQA", "MHA"}
     for name, row in rows.items():
         assert row["cache"] == row["formula"] > 8e6, name
-        assert abs(row["held"] - row["formula"]) < 2**20, (name, row)
+        assert abs(row["between_steps"] - row["formula"]) < 2**20, (name, row)
         assert -(2**20) < row["peak"] - row["formula"] < 16 * 2**20, (name, row)
 
 

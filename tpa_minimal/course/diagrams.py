@@ -100,7 +100,7 @@ def ratio_map(ranks=(1, 2, 4, 8), n_kv_head=None, marks: dict[str, tuple[int, in
     heads, widths = np.arange(n_kv_head or 4, 129), np.arange(16, 257)
     h, d_h = np.meshgrid(heads, widths)
     G = h if n_kv_head is None else n_kv_head
-    fig, axes = plt.subplots(1, len(ranks), figsize=(2.8 * len(ranks), 3.5), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(ranks), figsize=(min(2.8 * len(ranks), 8.6), 3.5), sharey=True, squeeze=False)
     label = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
     for ax, rank in zip(axes[0], ranks):
         ratio = G * d_h / (rank * (h + d_h))
@@ -143,18 +143,18 @@ def largest_context_by_memory(
     title: str | None = None,
 ) -> Figure:
     """The largest context that fits beside the weights on GPUs of several sizes, a bar for each version."""
-    fig, ax = plt.subplots(figsize=(9.5, 3.8))
+    fig, ax = plt.subplots(figsize=(8.6, 3.8))
     shown = versions(model, ranks)
-    width = 0.8 / len(shown)
+    width = 0.92 / len(shown)
     looks = looks_of([version.layer for version in shown.values()])
     for i, ((label, version), (colour, _, _, hatch)) in enumerate(zip(shown.items(), looks)):
         x = np.arange(len(GPUS)) + (i - (len(shown) - 1) / 2) * width
         most = [version.largest_context(size * GB, batch_size, dtype, weight_dtype) for size in GPUS]
-        shown = [min(context, 2**24) for context in most]  # an unbounded one is drawn as 16M and labelled
-        ax.bar(x, shown, width, label=label, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+        heights = [min(context, 2**24) for context in most]  # an unbounded one is drawn as 16M and labelled
+        ax.bar(x, heights, width, label=label, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
         for position, context in zip(x, most):
             ax.annotate(tokens_text(context), (position, max(context, 1024)), (0, 2), textcoords="offset points",
-                        ha="center", fontsize=8)  # fmt: skip
+                        ha="center", fontsize=7.5)  # fmt: skip
     ax.set_yscale("log", base=2)
     ax.set_ylim(1024, 2**24)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: tokens_text(y)))
@@ -170,7 +170,7 @@ def largest_context_by_memory(
 def decode_cost(layers: dict[str, Layer], dtype: str = "bfloat16", title: str | None = None) -> Figure:
     """What one new token costs a layer, against the context: multiply-adds (App. A.4), and bytes of cache read."""
     contexts = [2**n for n in range(12, 20)]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.6))
     by_cost = {}  # layers of equal arithmetic, whose lines hide each other
     for (label, layer), (colour, marker, line, _) in zip(layers.items(), looks_of(list(layers.values()))):
         by_cost.setdefault(layer.decode_multiply_adds(contexts[0]), []).append(layer)
@@ -190,7 +190,7 @@ def decode_cost(layers: dict[str, Layer], dtype: str = "bfloat16", title: str | 
             place = contexts[4], same[0].decode_multiply_adds(contexts[4]) / 1e9
             left.annotate(f"{names} coincide", place, (2, -48), textcoords="offset points", fontsize=9,
                           arrowprops={"arrowstyle": "-", "linewidth": 0.8})  # fmt: skip
-    fig.legend(*right.get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    fig.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return closed(fig)
 
 

@@ -1,14 +1,22 @@
-"""The explorer of notebook 09: what a model's cache weighs with MHA, as shipped and with TPA, under controls."""
+"""The explorer of notebook 09: the memory that a model needs with MHA, as shipped and with TPA, under controls.
+
+explorer.show(Settings(model="Llama 3 8B", memory_gb=24))        the answer at one setting, kept by a saved notebook
+explorer.explore(Settings(model="Llama 3 8B", memory_gb=24))     controls, and the answer live below them
+"""
 
 import html
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
+import numpy as np
+from IPython.display import display
+from PIL import Image
 
+from tpa_minimal.course import looks
 from tpa_minimal.course.diagrams import versions
-from tpa_minimal.course.looks import COLOURS, bytes_text, closed, tokens_text
-from tpa_minimal.memory import GB, MODELS, Model, ratios
+from tpa_minimal.course.looks import bytes_text, tokens_text
+from tpa_minimal.memory import GB, MODELS, Model
+
+BAR = (760, 22)  # width and height in pixels
 
 
 @dataclass(frozen=True)
@@ -16,14 +24,14 @@ class Settings:
     """What the explorer's controls say; memory_gb is in 10^9 bytes."""
 
     model: str = "Llama 3 70B"
+    context: int = 131_072
+    batch_size: int = 1
+    memory_gb: int = 80
     rank_q: int = 16
     rank_k: int = 1
     rank_v: int = 1
     dtype: str = "bfloat16"
     weight_dtype: str = "int8"
-    context: int = 131_072
-    batch_size: int = 1
-    memory_gb: int = 80
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,11 @@ class Account:
     weights: float
     cache: float
     largest_context: float
+
+    @property
+    def total(self) -> float:
+        """Weights and cache together."""
+        return self.weights + self.cache
 
 
 def accounts(settings: Settings) -> list[Account]:
@@ -52,11 +65,13 @@ def headline(settings: Settings) -> tuple[str, str]:
     """The number that matters, and the sentence that says what it is and against which baseline."""
     *_, tpa = accounts(settings)
     shipped = MODELS[settings.model]
-    (baseline, ratio), *_ = ratios(tpa.model.layer, shipped.layer).items()
+    ratio = tpa.model.layer.cached_numbers / shipped.layer.cached_numbers
+    baseline = f"the model as shipped ({shipped.layer.describe()})"
     before = shipped.cache_bytes(settings.context, settings.batch_size, settings.dtype)
-    comparison = "less" if ratio >= 1 else "more"
-    sizes = f"{bytes_text(tpa.cache)} in place of {bytes_text(before)}"
-    return f"{max(ratio, 1 / ratio):.1f}×", f"{comparison} cache than {baseline}: {sizes}"
+    sizes = f"{bytes_text(tpa.cache)} instead of {bytes_text(before)}"
+    if 0.9 < ratio < 1.1:  # "1.0 times less" would say nothing
+        return f"{ratio:.2f} times", f"the cache of {baseline}: {sizes}"
+    return f"{max(ratio, 1 / ratio):.1f} times", f"{'less' if ratio < 1 else 'more'} cache than {baseline}: {sizes}"
 
 
 def warnings(settings: Settings) -> list[str]:
@@ -76,7 +91,7 @@ def warnings(settings: Settings) -> list[str]:
     cache = shipped.cache_bytes(settings.context, settings.batch_size, settings.dtype)
     share = cache / (cache + shipped.weight_bytes(settings.weight_dtype))
     if share < 0.1:
-        said.append(f"The shipped cache is only {share:.1%} of the memory in use here: the weights are what counts.")
+        said.append(f"The shipped model's cache is only {share:.1%} of its memory here: the weights are what counts.")
     if settings.context > shipped.max_len:
         said.append(f"{shipped.name} was made for {shipped.max_len:,} tokens at most.")
     if shipped.note:
@@ -97,159 +112,132 @@ def details(settings: Settings) -> str:
     )
 
 
-def _verdict(account: Account, settings: Settings) -> str:
-    total = account.weights + account.cache
-    if account.weights > settings.memory_gb * GB:
-        return f"{bytes_text(total)}: the weights alone do not fit"
-    fits = "fits" if total <= settings.memory_gb * GB else "does not fit"
-    most = tokens_text(account.largest_context)
-    return f"{bytes_text(total)}: {fits}; largest context {most}"
+def verdict(account: Account, settings: Settings) -> str:
+    """Whether weights and cache fit into the memory, and how long a context could be."""
+    memory = settings.memory_gb * GB
+    if account.weights > memory:
+        return f"the weights alone do not fit in {settings.memory_gb} GB"
+    fits = "fits" if account.total <= memory else "does not fit"
+    most = account.largest_context
+    tokens = "any" if most == float("inf") else f"{tokens_text(most)} tokens"
+    return f"{fits} in {settings.memory_gb} GB; largest context: {tokens}"
 
 
-def _scale(found: list[Account], settings: Settings) -> float:
-    """Bytes at the right edge: room for the memory and for all versions but MHA, whose bar may leave the picture."""
-    return 1.1 * max([settings.memory_gb * GB] + [a.weights + a.cache for a in found[-2:]])
+def bar_pixels(account: Account, settings: Settings, right: float) -> np.ndarray:
+    """One bar, (height, width, 3) bytes: weights striped, then the cache, and a line where the memory ends.
+
+    right: the bytes at the right edge, where a longer bar is cut.
+    """
+    width, height = BAR
+    x, y = np.arange(width)[None], np.arange(height)[:, None]
+    at = (x + 0.5) / width * right  # bytes at each pixel, (1, width)
+    stripes = np.where((x + y) % 8 < 3, 120, 215)  # (height, width)
+    pixels = np.full((height, width, 3), 255)
+    pixels[:] = np.where((at < account.weights)[..., None], stripes[..., None], pixels)
+    colour = looks.looks_of([account.model.layer])[0].colour
+    pixels[:, ((at >= account.weights) & (at < account.total))[0]] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    end = round(settings.memory_gb * GB / right * width)
+    pixels[:, end - 4 : end + 4] = 255  # the line is seen on every colour
+    pixels[:, end - 2 : end + 2] = 0
+    pixels[[0, -1]] = 120
+    pixels[:, [0, -1]] = 120
+    return pixels.astype(np.uint8)
 
 
-def explorer_figure(settings: Settings = Settings()) -> Figure:  # noqa: B008 (frozen)
-    """The explorer as a picture: weights and cache of each version against the memory, the ratio as title."""
-    found = accounts(settings)
-    right = _scale(found, settings)
-    fig, ax = plt.subplots(figsize=(9, 1.6 + 0.75 * len(found)))
-    for row, account in enumerate(found):
-        colour = COLOURS[0] if account is found[-1] else "0.6"
-        cache = min(account.cache, max(0, right - account.weights))
-        weights = min(account.weights, right)
-        ax.barh(row, weights / GB, 0.5, color="white", edgecolor="black", hatch="//", linewidth=0.8)
-        ax.barh(row, cache / GB, 0.5, left=weights / GB, color=colour, edgecolor="black", linewidth=0.8)
-        text = f"{account.label}: weights {bytes_text(account.weights)} + cache {bytes_text(account.cache)} = "
-        beyond = "  (bar cut)" if account.weights + account.cache > right else ""
-        ax.text(0, row - 0.32, text + _verdict(account, settings) + beyond, va="bottom", fontsize=9.5,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
-    ax.axvline(settings.memory_gb, color=COLOURS[1], linewidth=2.5)
-    ax.annotate(f"{settings.memory_gb} GB", (settings.memory_gb, len(found) - 0.6), (-4, 0), va="center", ha="right",
-                textcoords="offset points", color=COLOURS[1], fontweight="bold")  # fmt: skip
-    ax.set_xlim(0, right / GB)
-    ax.set_ylim(len(found) - 0.4, -0.75)
-    ax.set_yticks([])
-    ax.grid(visible=False)
-    ax.set_xlabel("memory [GB]; hatched: weights, filled: cache")
-    number, sentence = headline(settings)
-    s = settings
-    sizes = f"{s.model}, {s.context:,} tokens × {s.batch_size}, cache in {s.dtype}, weights in {s.weight_dtype}"
-    ax.set_title(f"{sizes}\n{number} {sentence}")
-    return closed(fig)
+def answer(settings: Settings) -> tuple[str, str]:
+    """The answer as HTML and as plain text: the ratio, one bar for each version, warnings and details.
 
-
-def explorer_html(settings: Settings) -> str:
-    """The explorer's answer as HTML: the ratio in large type, one bar per version, warnings and details."""
-    found = accounts(settings)
-    right = _scale(found, settings)
-    number, sentence = headline(settings)
+    It reads without styles too, which some hosts remove: the bars are pictures.
+    """
+    s, found = settings, accounts(settings)
+    # Room for the memory and for all versions but MHA, whose bar may leave the picture.
+    right = 1.1 * max([s.memory_gb * GB] + [account.total for account in found[-2:]])
+    number, sentence = headline(s)
+    sequences = "one sequence" if s.batch_size == 1 else f"{s.batch_size} sequences"
+    context = f"{s.model}, {sequences} of {s.context:,} tokens, cache in {s.dtype}, weights in {s.weight_dtype}"
     parts = [
-        '<div class="tpa-explorer" style="font-family:sans-serif;max-width:60em;line-height:1.35">'
-        f'<div><span class="tpa-number" style="font-size:3.2em;font-weight:700;color:{COLOURS[0]}">{number}</span> '
-        f'<span class="tpa-sentence" style="font-size:1.1em">{html.escape(sentence)}</span></div>'
+        f"<div>{html.escape(context)}</div><div><b style='font-size:2.6em;line-height:1.3'>{number}</b> "
+        f"<span style='font-size:1.1em'>{html.escape(sentence)}</span></div>"
     ]
-    mark = 100 * settings.memory_gb * GB / right
-    inside, stripes = "position:absolute;top:0;bottom:0;", "repeating-linear-gradient(45deg,#999 0 2px,#ddd 2px 7px)"
+    plain = [context, f"{number} {sentence}"]
     for account in found:
-        colour = COLOURS[0] if account is found[-1] else "#888"
-        weights = 100 * min(1, account.weights / right)
-        cache = min(100 * account.cache / right, 100 - weights)
-        cut = " &#9654; bar cut" if account.weights + account.cache > right else ""
-        sizes = f'weights {bytes_text(account.weights)} + cache <b class="tpa-cache">{bytes_text(account.cache)}</b>'
-        parts.append(
-            f'<div style="margin-top:.7em"><b>{html.escape(account.label)}</b>: {sizes} = '
-            f"{_verdict(account, settings)}{cut}</div>"
-            '<div style="position:relative;height:22px;border:1px solid #999;overflow:hidden">'
-            f'<div class="tpa-bar-weights" style="{inside}left:0;width:{weights:.2f}%;background:{stripes}"></div>'
-            f'<div class="tpa-bar-cache" style="{inside}left:{weights:.2f}%;width:{cache:.2f}%;'
-            f'background:{colour}"></div>'
-            f'<div style="{inside}left:{mark:.2f}%;width:3px;background:{COLOURS[1]}"></div></div>'
+        sizes = (
+            f"weights {bytes_text(account.weights)} + cache {bytes_text(account.cache)} = {bytes_text(account.total)}, "
+            f"{verdict(account, s)}{' (bar cut)' if account.total > right else ''}"
         )
-    parts.append(
-        f'<div style="position:relative;height:1.5em"><span style="position:absolute;right:{100 - mark:.2f}%;'
-        f'color:{COLOURS[1]};font-weight:700">{settings.memory_gb} GB &#9650;</span></div>'
-        '<div style="opacity:.8">striped: weights &nbsp; filled: cache</div>'
+        png = looks.png_of([Image.fromarray(bar_pixels(account, s, right)).quantize(16)])
+        drawn = looks.image_html(png, f"bar: {min(1, account.weights / right):.0%} weights, "
+                                      f"{min(account.cache, max(0, right - account.weights)) / right:.0%} cache; the "
+                                      f"memory ends at {s.memory_gb * GB / right:.0%}")  # fmt: skip
+        parts.append(f"<div style='margin-top:.7em'><b>{html.escape(account.label)}</b>: {sizes}</div>{drawn}")
+        plain.append(f"{account.label}: {sizes}")
+    parts.append(f"<div>striped: weights; filled: cache; black line: {s.memory_gb} GB</div>")
+    for said in warnings(s):
+        grave = f"<b>{html.escape(said)}</b>" if said.startswith("Not worth it") else html.escape(said)
+        parts.append(f"<div style='margin-top:.4em;border-left:4px solid #888;padding-left:.6em'>{grave}</div>")
+    parts.append(f"<div style='margin-top:.4em'>{html.escape(details(s))}</div>")
+    inside = "".join(parts)
+    return f"<div style='max-width:{BAR[0]}px;line-height:1.4'>{inside}</div>", "\n".join(
+        [*plain, *warnings(s), details(s)]
     )
-    for sentence in warnings(settings):
-        grave = sentence.startswith("Not worth it")
-        line = f"6px solid {COLOURS[1]}" if grave else "3px solid #999"
-        weight = "font-weight:700;" if grave else ""
-        parts.append(
-            f'<div class="tpa-warning" style="border-left:{line};{weight}padding:.2em .6em;margin-top:.5em">'
-            f"{html.escape(sentence)}</div>"
-        )
-    parts.append(f'<div style="margin-top:.5em">{html.escape(details(settings))}</div></div>')
-    return "".join(parts)
 
 
-def build_explorer(settings: Settings = Settings()):  # noqa: B008 (frozen)
+def show(settings: Settings = Settings()) -> None:  # noqa: B008 (frozen)
+    """Show the answer at one setting; a saved or exported notebook keeps it. The static twin of `explore`."""
+    as_html, as_text = answer(settings)
+    display({"text/html": as_html, "text/plain": as_text}, raw=True)
+
+
+def build(settings: Settings = Settings()):  # noqa: B008 (frozen)
     """The explorer as an ipywidgets box: a control for each field of Settings, and the answer below them.
 
-    Only the text of one HTML widget changes when a control moves: no figure is redrawn, which would take 100 ms or more
-    and stacks up in some front ends.
+    The controls stand side by side where there is room, and below each other in a narrow window. Raises ValueError for
+    a setting that is not among a control's choices.
     """
     import ipywidgets
 
-    wide = {"style": {"description_width": "8em"}, "layout": {"width": "26em"}}
-    powers = [2**n for n in range(10, 21)]
-
-    def choice(kind, name, options, description):
-        options = list(options)
-        value = getattr(settings, name)
-        if value not in [option[1] if isinstance(option, tuple) else option for option in options]:
-            raise ValueError(f"{name}={value!r}: is not among the explorer's choices; use one of {options}")
-        return kind(options=options, value=value, description=description, **wide)
-
-    def slider(name, most, description):
-        return ipywidgets.IntSlider(getattr(settings, name), 1, most, description=description, **wide)
-
-    drop, slide = ipywidgets.Dropdown, ipywidgets.SelectionSlider
-    controls = {
-        "model": choice(drop, "model", MODELS, "model"),
-        "context": choice(slide, "context", [(tokens_text(n), n) for n in powers], "context"),
-        "batch_size": choice(slide, "batch_size", [2**n for n in range(9)], "batch"),
-        "memory_gb": choice(slide, "memory_gb", [8, 16, 24, 48, 80, 141, 180, 320, 640, 1128], "memory [GB]"),
-        "rank_q": slider("rank_q", 32, "rank R_Q"),
-        "rank_k": slider("rank_k", 16, "rank R_K"),
-        "rank_v": slider("rank_v", 16, "rank R_V"),
-        "dtype": choice(drop, "dtype", ["float32", "bfloat16", "float8", "int4"], "cache in"),
-        "weight_dtype": choice(drop, "weight_dtype", ["float32", "bfloat16", "int8", "int4"], "weights in"),
+    wide = {"style": {"description_width": "7em"}, "layout": {"width": "23em", "max_width": "100%"}}
+    sizes = [8, 16, 24, 48, 80, 141, 180, 320, 640, 1128]
+    choices = {  # of the menus, with what is seen and read aloud for each
+        "model": ("model", {name: name for name in MODELS}),
+        "context": ("context", {f"{tokens_text(2**n)} tokens": 2**n for n in range(10, 21)}),
+        "batch_size": ("batch", {f"{2**n} sequence{'s' if n else ''}": 2**n for n in range(9)}),
+        "memory_gb": ("memory", {f"{size} GB": size for size in sizes}),
+        "rank_q": ("rank R_Q", 32),
+        "rank_k": ("rank R_K", 16),
+        "rank_v": ("rank R_V", 16),
+        "dtype": ("cache in", {name: name for name in ("float32", "bfloat16", "float8", "int4")}),
+        "weight_dtype": ("weights in", {name: name for name in ("float32", "bfloat16", "int8", "int4")}),
     }
-    answer = ipywidgets.HTML(explorer_html(settings))
+    controls = {}
+    for name, (label, possible) in choices.items():
+        value = getattr(settings, name)
+        allowed = list(range(1, possible + 1) if isinstance(possible, int) else possible.values())
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: is not among the explorer's choices; use one of {allowed}")
+        if isinstance(possible, int):
+            controls[name] = ipywidgets.IntSlider(value, 1, possible, description=label, **wide)
+        else:
+            controls[name] = ipywidgets.Dropdown(options=list(possible.items()), value=value, description=label, **wide)
+    below = ipywidgets.HTML()
 
-    def show(_change) -> None:
-        answer.value = explorer_html(Settings(**{name: control.value for name, control in controls.items()}))
+    def update(_change=None) -> None:
+        below.value, _ = answer(Settings(**{name: control.value for name, control in controls.items()}))
 
     for control in controls.values():
-        control.observe(show, names="value")
-    first, second = list(controls.values())[:4], list(controls.values())[4:]
-    return ipywidgets.VBox([ipywidgets.HBox([ipywidgets.VBox(first), ipywidgets.VBox(second)]), answer])
+        control.observe(update, names="value")
+    update()
+    wrapping = {"display": "flex", "flex_flow": "row wrap", "max_width": "72em"}
+    return ipywidgets.VBox([ipywidgets.Box(list(controls.values()), layout=wrapping), below])
 
 
-def explorer(settings: Settings = Settings()) -> None:  # noqa: B008 (frozen)
-    """Show the explorer: model, ranks, types, context, batch and memory as controls, the answer live below them.
+def explore(settings: Settings = Settings()) -> None:  # noqa: B008 (frozen)
+    """Show the explorer: model, context, batch, memory, ranks and types as controls, and the answer below them.
 
-    A picture of the first setting is shown too, and vanishes as soon as a front end has drawn the controls; it is what
-    remains where widgets do not run.
+    Without ipywidgets one sentence appears instead. Raises ValueError as `build` does.
     """
-    from IPython.display import HTML, display
-
-    figure = explorer_figure(settings)
-    picture = display(figure, display_id=True)
-    plt.close(figure)
     try:
-        box = build_explorer(settings)
+        box = build(settings)
     except ImportError:
-        return
-    box._view_count = 0  # from None: asks the front end to keep count of the views it has drawn
-
-    def drawn(change) -> None:
-        if change["new"] and picture is not None:
-            picture.update(HTML(""))
-            box.unobserve(drawn, names="_view_count")
-
-    box.observe(drawn, names="_view_count")
+        return print("The controls need ipywidgets, which is not installed; the picture above shows one setting.")
     display(box)
