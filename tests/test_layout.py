@@ -19,11 +19,8 @@ MODULE = {
     "huggingface": {"tpa", "baselines", "variants", "memory", "files"},
 }
 LABORATORY = [
-<<<<<<< HEAD
     "options",
-=======
     "watch_memory",
->>>>>>> nbC
     "lessons",
     "sources",
     "shards",

@@ -773,7 +773,8 @@ def commutes_with_rope(operation, d_head):
         apply_rope(operation(b), cos, sin),
         rtol=1e-9,
     )
-    # From the left, unit length, a number: yes. From the right (MLA's up-projection), a gain for each feature, a bias: no.
+    # From the left, unit length, a number: yes. From the right (MLA's up-projection),
+    # a gain for each feature, a bias: no.
 
 
 # %%
