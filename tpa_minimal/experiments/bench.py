@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from tpa_minimal import cpu_decode, tpa
 from tpa_minimal.baselines import MultiHeadAttention, MultiHeadLatentAttention
 from tpa_minimal.experiments import train as training
+from tpa_minimal.experiments.options import parse
 from tpa_minimal.files import read_json, write_json, write_whole
 from tpa_minimal.tpa import T6, FactorCache, T6Config, TensorProductAttention
 
@@ -606,7 +607,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line: measure, print the table, write the files. A wrong value ends with status 2."""
     commands = {"decode": Decode, "train": Train, "prefill": Prefill, "device": Device}
     kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items()]
-    settings = tyro.cli(functools.reduce(lambda x, y: x | y, kinds), args=arguments, prog="tpa-minimal bench")
+    settings = parse(functools.reduce(lambda x, y: x | y, kinds), arguments, "python -m tpa_minimal bench")
     if isinstance(settings, Device):
         Check(settings).run()
         return 0

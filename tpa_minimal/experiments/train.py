@@ -330,7 +330,7 @@ def build_model(settings: TrainConfig, vocab_size: int) -> T6:
         config = T6Config.preset(settings.preset, **{"vocab_size": vocab_size, **settings.changes})
         config = replace(config, max_len=max(config.max_len, settings.seq_len))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
+            torch.manual_seed(settings.seed or 0)
             return T6(equal_parameters(settings.attention, config), attention)
     except (TypeError, ValueError, AttributeError) as error:
         raise SettingError(f"--preset {settings.preset} --attention {settings.attention}: {error}") from error
