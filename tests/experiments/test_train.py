@@ -685,7 +685,13 @@ def test_a_layer_of_ones_own_trains_and_resumes(tmp_path, monkeypatch):
     name = f"{__name__}:OwnAttention"
     whole = run(tmp_path / "whole", attention=name, steps=3)
     assert type(whole.model.blocks[0].attention).__name__ == "OwnAttention"
-    assert type(train.load_checkpoint(tmp_path / "whole").model.blocks[0].attention).__name__ == "OwnAttention"
+    loaded = train.load_checkpoint(tmp_path / "whole", attention=name)
+    assert type(loaded.model.blocks[0].attention).__name__ == "OwnAttention"
+    with pytest.raises(SettingError, match="was trained with .*OwnAttention"):  # no file chooses what is imported
+        train.load_checkpoint(tmp_path / "whole")
+    with pytest.raises(SettingError, match="add --attention .*OwnAttention"):
+        train.train(TrainConfig(out=tmp_path / "whole", resume=True, device="cpu"), progress=False)
+    assert run(tmp_path / "whole", attention=name, steps=3, resume=True).metrics == whole.metrics
     for wrong in ("no.such:Layer", "math:Layer", "tpa2"):
         with pytest.raises(SettingError, match=f"--attention {wrong}"):
             run(tmp_path / "other", attention=wrong)

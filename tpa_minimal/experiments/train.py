@@ -195,6 +195,8 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
     if given.get("data") not in (None, "fineweb-edu", "lessons"):
         given["data"] = os.path.realpath(os.path.expanduser(given["data"]))
     own = own_settings(checkpoint, read_state(checkpoint)) if checkpoint else {}
+    if ":" in own.get("attention", "") and config.attention is None:  # a file does not choose what is imported
+        raise SettingError(f"--attention: the run in {out} has a layer of its own; add --attention {own['attention']}")
     for name, value in given.items():
         if name in own and name not in _FREE and value != own[name]:
             flag = "--set" if name == "changes" else "--" + name.replace("_", "-")
@@ -323,7 +325,9 @@ def build_model(settings: TrainConfig, vocab_size: int) -> T6:
 
     def attention(config: T6Config) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{settings.seed} {next(layers)}".encode()).digest()[:7]))
+            torch.manual_seed(
+                int.from_bytes(hashlib.sha256(f"{settings.seed} {next(layers)}".encode()).digest()[:7], "big")
+            )
             return make(config)
 
     try:
@@ -846,11 +850,11 @@ def load_run_model(settings: TrainConfig, state: dict, checkpoint: Path) -> T6:
     return load_weights(functools.partial(build_model, settings, state["vocab_size"]), n_layer, checkpoint)
 
 
-def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> Loaded:
+def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu", attention: str | None = None) -> Loaded:
     """The model, tokenizer, settings and step of a run's last checkpoint, or of the checkpoint folder given.
 
-    Reads safetensors and JSON alone, so nothing in it is executed. Raises SettingError where there is none, or where
-    it is damaged.
+    attention: the "module:Class" of a run with a layer of its own, which no file may choose. Reads safetensors and
+    JSON alone, so nothing in it is executed. Raises SettingError where there is none, or where it is damaged.
     """
     folder = Path(folder)
     checkpoint = folder if (folder / "state.json").exists() else latest_checkpoint(folder)
@@ -858,6 +862,8 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> L
         raise SettingError(f"{folder}: holds no checkpoint; train with --out {folder} first")
     state = read_state(checkpoint)
     settings = TrainConfig(**own_settings(checkpoint, state), out=checkpoint.parent)
+    if ":" in settings.attention and attention != settings.attention:
+        raise SettingError(f"{folder}: was trained with {settings.attention}; pass attention={settings.attention!r}")
     model = load_run_model(settings, state, checkpoint)
     return Loaded(model.to(device), data.load_tokenizer(state["tokenizer"]), settings, state["step"])
 
