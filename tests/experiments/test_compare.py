@@ -5,10 +5,15 @@ import math
 import re
 import signal
 import statistics
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from tpa_minimal.experiments import compare, generate, train
+from tpa_minimal.files import FileError
 from tpa_minimal.tpa import T6, T6Config
 
 MICRO = "--steps 3 --batch-size 2 --seq-len 16 --tokens 5000 --lr 3e-3 --seeds 1".split()
@@ -33,19 +38,19 @@ def rows_of(**losses):
 @pytest.mark.parametrize("preset", ["tiny", "small-124M"])
 def test_cells_have_the_parameters_asked_for(preset):
     config = T6Config.preset(preset)
-    budget = compare._layer("tpa", config).parameters
+    budget = compare.layer_of("tpa", config).parameters
     cells = compare.cells(preset)
     assert len(cells) == 6 + 2 + 8
     for name, cell in cells.items():
         own = train.equal_parameters(cell.attention, T6Config.preset(preset, **cell.changes))
         layer = train.ATTENTIONS[cell.attention](own)
         found = sum(p.numel() for p in layer.parameters())
-        assert found == compare._layer(cell.attention, own).parameters
+        assert found == compare.layer_of(cell.attention, own).parameters
         if name == "tpa-heads-of-mha":
             assert own.n_head == train.equal_parameters("mha", config).n_head and found < budget
         else:
             sizes = ({**cell.changes, "n_head": n} for n in (own.n_head - 2, own.n_head + 2))
-            others = (compare._layer(cell.attention, T6Config.preset(preset, **changes)) for changes in sizes)
+            others = (compare.layer_of(cell.attention, T6Config.preset(preset, **changes)) for changes in sizes)
             fewer, more = (abs(layer.parameters - budget) for layer in others)
             assert name == "tpa-init-authors" or abs(found - budget) <= min(fewer, more), name
 
@@ -61,7 +66,7 @@ def test_the_paired_interval_is_student_s():
     tpa, mha = [1.0, 1.3, 0.9, 1.1], [1.1, 1.2, 1.2, 1.2]
     found = compare.paired_difference(rows_of(tpa=tpa, mha=mha), "tpa")
     d = [a - b for a, b in zip(tpa, mha)]
-    half = 3.182 * statistics.stdev(d) / 2
+    half = 3.182446 * statistics.stdev(d) / 2
     assert found == pytest.approx((statistics.fmean(d), statistics.fmean(d) - half, statistics.fmean(d) + half, 4))
     assert "no difference seen" in str(found)
     assert "no difference seen" not in str(compare.Interval(-0.2, -0.3, -0.1, 4))
@@ -74,13 +79,78 @@ def test_the_paired_interval_is_student_s():
     assert str(compare.paired_difference(rows_of(tpa=[1.0], mha=[2.0]), "tpa")) == "-1.000 (one seed)"
 
 
-def test_student_s_table():
-    """The integral of Student's density from -t to t is 0.95 for each number of degrees of freedom."""
-    for freedom, t in compare.STUDENT.items():
-        constant = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
-        xs = [-t + 2 * t * (i + 0.5) / 20000 for i in range(20000)]
-        inside = sum(constant * (1 + x * x / freedom) ** (-(freedom + 1) / 2) for x in xs) * 2 * t / 20000
-        assert inside == pytest.approx(0.95, abs=5e-5), freedom  # t has three decimals
+@pytest.mark.parametrize("freedom", [1, 2, 3, 5, 9, 11, 30])
+def test_student_s_table(freedom):
+    """The integral of Student's density over the interval is 0.95 for any number of seeds, ten and more among them."""
+    losses = [float(i) for i in range(freedom + 1)]
+    found = compare.paired_difference(rows_of(tpa=losses, mha=[0.0] * len(losses)), "tpa")
+    t = (found.high - found.mean) / (statistics.stdev(losses) / math.sqrt(freedom + 1))
+    constant = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+    xs = [-t + 2 * t * (i + 0.5) / 20000 for i in range(20000)]
+    inside = sum(constant * (1 + x * x / freedom) ** (-(freedom + 1) / 2) for x in xs) * 2 * t / 20000
+    assert inside == pytest.approx(0.95, abs=5e-5)
+
+
+def simulated(correlation, n, effect=0.3, experiments=20_000, spread=(1.0, 1.0)):
+    """Losses (experiments, n) of a cell and its baseline: `effect` apart, correlated from seed to seed."""
+    random = np.random.default_rng(0)
+    seed, *own = random.standard_normal((3, experiments, n))
+    mix = (np.sqrt(correlation) * seed + np.sqrt(1 - correlation) * x for x in own)
+    a, b = (s * x for s, x in zip(spread, mix))
+    return a + effect, b
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_the_interval_holds_the_known_effect_in_95_of_100_experiments(correlation, n):
+    own, other = simulated(correlation, n)
+    found = compare.difference(own, other, n)
+    coverage = (np.abs(found.mean - 0.3) <= found.half).mean()
+    assert 0.94 <= coverage <= 0.995  # above 0.95 where seeds agree, yet not visibly enough to pair them
+    if correlation == 0:
+        assert coverage == pytest.approx(0.95, abs=0.01) and found.paired.mean() == pytest.approx(0.01, abs=0.003)
+    # p is below 0.05 exactly where the interval leaves out zero.
+    assert ((found.p < 0.05) == (np.abs(found.mean) > found.half)).all()
+
+
+def test_pairs_are_made_where_they_help_and_narrow_the_interval():
+    own, other = simulated(0.99, 5)
+    found, apart = compare.difference(own, other, 5), compare.difference(own, other, 0)
+    assert found.paired.mean() > 0.95 and not apart.paired.any()
+    assert np.median(found.half) < 0.25 * np.median(apart.half)
+    for i in range(5):  # the textbook's tests, one by one
+        assert found.p[i] == pytest.approx(stats.ttest_rel(own[i], other[i]).pvalue)
+        assert apart.p[i] == pytest.approx(stats.ttest_ind(own[i], other[i], equal_var=False).pvalue)
+    # Welch's way covers unequal spreads and numbers of runs.
+    own, other = simulated(0.0, 10, spread=(1.0, 5.0))
+    found = compare.difference(own, other[:, :5], 0)
+    assert (np.abs(found.mean - 0.3) <= found.half).mean() == pytest.approx(0.95, abs=0.01)
+    equal = compare.difference(np.full(4, 2.0), np.full(4, 1.0), 4)
+    assert (equal.mean, equal.half, equal.p) == (1, 0, 0)
+    assert compare.difference(np.ones(4), np.ones(4), 4).p == 1
+
+
+def test_holm_s_correction():
+    assert compare.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert compare.holm([0.6, 0.9]) == [1, 1] and compare.holm([]) == []
+    # Of twelve contrasts without effect one or more is called a difference in 5 of 100 experiments.
+    own, other = simulated(0.0, 5, effect=0.0, experiments=12 * 4000)
+    p = compare.difference(own, other, 5).p.reshape(4000, 12)
+    assert np.mean([min(compare.holm(row)) < 0.05 for row in p]) == pytest.approx(0.05, abs=0.012)
+    assert (p.min(1) < 0.05).mean() > 0.4  # which they would be in nearly half of them uncorrected
+
+
+def test_contrasts_are_fixed_beforehand_and_the_others_corrected():
+    assert compare.fixed_contrasts("tiny")["at equal weights"] == ("tpa", "mha")
+    cell, baseline = compare.fixed_contrasts("tiny")["at equal bytes"]
+    assert {cell, baseline} <= set(compare.experiment("mechanisms", "tiny"))
+    rows = rows_of(tpa=[1.1, 1.2, 1.3], mha=[1.0, 1.1, 1.2], mqa=[1.0, 1.5, 1.2], mla=[1.0], gqa=[3.2, 3.0, 3.1])
+    lines = list(compare.contrasts(rows, "tiny"))
+    assert [line.split(":")[0] for line in lines] == ["- tpa - mha", "- mqa - mha", "- gqa - mha"]
+    assert "at equal weights, fixed beforehand" in lines[0] and "no difference seen" in lines[1]
+    p = [stats.ttest_ind([1.0, 1.5, 1.2], [1.0, 1.1, 1.2], equal_var=False).pvalue]
+    p += [stats.ttest_ind([3.2, 3.0, 3.1], [1.0, 1.1, 1.2], equal_var=False).pvalue]
+    assert f"Welch, p = {2 * p[1]:.2g}" in lines[2] and "no difference" not in lines[2]
 
 
 def test_the_best_rate_is_the_one_with_the_lowest_mean_loss():
@@ -100,16 +170,94 @@ def test_the_best_rate_is_the_one_with_the_lowest_mean_loss():
     assert [(r["cell"], r["lr"]) for r in compare.compared(rows, "fineweb-edu")] == [("mha", 3), ("tpa-1-1-1", 1)]
 
 
+def published():
+    return compare.MEASURED.read_text(encoding="utf-8").splitlines(keepends=True)
+
+
 def test_a_cut_line_is_left_out_and_does_not_spoil_the_next(tmp_path):
-    path = tmp_path / "rows.jsonl"
+    path, rows = tmp_path / "rows.jsonl", [json.loads(line) for line in published()[:3]]
     assert compare.read_rows(path) == []
-    compare.append_row(path, {"a": 1})
+    compare.append_row(path, rows[0])
     with open(path, "a") as file:
         file.write('{"a": 2, "b')
-    assert compare.read_rows(path) == [{"a": 1}]
-    compare.append_row(path, {"a": 3})
+    assert compare.read_rows(path) == rows[:1]
+    compare.end_last_line(path)
+    compare.append_row(path, rows[1])
+    assert compare.read_rows(path) == rows[:2]
+    with open(path, "a") as file:  # a row whose end alone is missing is not lost
+        file.write(json.dumps(rows[2]))
+    compare.end_last_line(path)
+    compare.end_last_line(path)
+    assert compare.read_rows(path) == rows
+    path.write_text(published()[0] + '{"a": 2, "b\n' + published()[1])
     with pytest.raises(ValueError, match="line 2: is not JSON.*remove that line"):
         compare.read_rows(path)
+
+
+JUNK = {
+    "{}": "does not say whether",
+    "5": "is not an object",
+    "[" * 100_000: "is not JSON",
+    '{"failed": ' + "[" * 100_000: "is not JSON",
+    "\x00": "is not JSON",
+    "SAME": "is the run of row 1 again",
+    "recall=[]": "recall's first choice is 'None'",
+    "recall=5": "recall's first choice is 'None'",
+    'recall=[{"choice": []}]': "recall's first choice is '",
+    "val_loss=NaN": "val_loss is 'nan'",
+    "val_loss=null": "val_loss is 'None'",
+    "val_loss=true": "val_loss is 'True'",
+    f"val_loss=1{'0' * 400}": "val_loss is '1000",
+    'seed="0"': "seed is '0'",
+    "seed=0.5": "seed is '0.5'",
+    "cell={}": "cell is '{}'",
+    "data=[]": "data is '[]'",
+    "lr=[]": "lr is '[]'",
+    "failed=0": "does not say whether",
+}
+
+
+@pytest.mark.parametrize("junk, message", JUNK.items(), ids=[key[:20] for key in JUNK])
+def test_what_is_no_row_is_refused_in_one_line(tmp_path, junk, message, capsys):
+    path, name = tmp_path / "rows.jsonl", junk.partition("=")[0]
+    if name in (row := json.loads(published()[1])):
+        junk = json.dumps({**row, name: "HERE"}).replace('"HERE"', junk.partition("=")[2])
+    path.write_text(published()[0] + (published()[0] if junk == "SAME" else junk + "\n"))
+    for experiment in ("table", "mechanisms"):
+        assert compare.main([experiment, "--out", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and "remove that line" in error and len(error) < 400
+    with pytest.raises(FileError):
+        compare.read_rows(path)
+
+
+def test_a_second_command_on_the_same_file_is_refused_until_the_first_is_killed(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    hold = (
+        "import pathlib, sys, time; from tpa_minimal.experiments import checkpoint\n"
+        "with checkpoint.locked(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", hold, f"{out}.runs"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        command = ["mechanisms", "--out", str(out), "--cells", "mha", *MICRO]
+        assert compare.main(command) == 2
+        error = capsys.readouterr().err
+        assert "another run is writing there" in error and error.count("\n") == 1 and not out.exists()
+    finally:
+        first.kill()
+        first.communicate()
+    assert compare.main(command) == 0
+    assert len(compare.read_rows(out)) == 1 and not (tmp_path / "rows.jsonl.runs").exists()
+
+
+def test_the_table_does_not_wait_for_its_reference():
+    rows = [json.loads(line) for line in published()]
+    early = "\n".join(compare.table([row for row in rows if row["cell"] != "mha"]))
+    assert re.search(r"\| tpa \(\d+ runs\)", early) and " - mha" not in early
+    # More seeds than the ten that a typed table of quantiles once held.
+    more = [{**row, "seed": seed} for row in rows if row["experiment"] == "mechanisms" for seed in range(20)]
+    assert "| tpa (" in "\n".join(compare.table(more))
 
 
 def test_runs_are_made_once_resumed_and_reproduced(tmp_path, monkeypatch, capsys):
