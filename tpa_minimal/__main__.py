@@ -10,6 +10,8 @@ COMMANDS = {
     "train": "tpa_minimal.experiments.train:main",
     "generate": "tpa_minimal.experiments.train:generate_command",
     "bench": "tpa_minimal.experiments.bench:main",
+    "grade": "tpa_minimal.course.grade:main",
+    "handout": "tpa_minimal.course.handout:main",
     "evaluate": "tpa_minimal.experiments.evaluate:main",
     "compare": "tpa_minimal.experiments.compare:main",
 }

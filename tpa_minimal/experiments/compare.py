@@ -112,8 +112,7 @@ def fixed_contrasts(preset: str) -> dict[str, tuple[str, str]]:
 
 def experiment(name: str, preset: str) -> list[str]:
     """The names of the cells that an experiment compares."""
-    contrasted = [cell for pair in fixed_contrasts(preset).values() for cell in pair]
-    mechanisms = list(dict.fromkeys([*MAIN, *contrasted]))
+    mechanisms = list(dict.fromkeys([*MAIN, *(cell for pair in fixed_contrasts(preset).values() for cell in pair)]))
     return {"rates": list(train.ATTENTIONS), "mechanisms": mechanisms, "ranks": rank_cells(preset)}[name]
 
 
@@ -340,7 +339,7 @@ def holm(p: list[float]) -> list[float]:
 
 
 def contrasts(rows: list[dict], preset: str) -> Iterator[str]:
-    """The contrasts fixed beforehand; with Holm's correction, all other cells against MHA or, if TPA, TPA."""
+    """The contrasts fixed beforehand; then all others against MHA, or TPA if it is one, with Holm's correction."""
     fixed = {pair: f"{what}, fixed beforehand" for what, pair in fixed_contrasts(preset).items()}
     others = ((cell, "mha" if base(cell) == cell else "tpa") for cell in dict.fromkeys(row["cell"] for row in rows))
     samples = {pair: _samples(rows, *pair, "val_loss") for pair in [*fixed, *others] if pair != ("mha", "mha")}
@@ -469,12 +468,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         # Under torchrun each process takes its share of the runs, and each run is trained by one process alone.
         return _work(options, int(os.environ.pop("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1)))
-    except (SettingError, data.DataError, ValueError) as error:
+    except (SettingError, data.DataError, ValueError, train.TrainError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
-        return 2
-    except (train.TrainError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, (train.TrainError, OSError)) else 2
     except KeyboardInterrupt:
         return 130
 
