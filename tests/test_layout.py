@@ -45,6 +45,8 @@ def may_import(name):
         return below | {f"experiments.{other}" for other in LABORATORY[: LABORATORY.index(file)]}
     below |= {f"experiments.{other}" for other in LABORATORY}
     if room == "course":
+        if file == "grade":  # calls all checkers
+            below |= {"course", "course.checks.judging"}
         return below | {f"course.{other}" for other in CLASSROOM[: CLASSROOM.index(file)]}
     return below | {"course.checks.judging", "course.looks"}
 

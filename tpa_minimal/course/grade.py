@@ -38,6 +38,7 @@ import torch
 import tyro
 
 from tpa_minimal.course import checks
+from tpa_minimal.course.checks.judging import is_stub
 from tpa_minimal.files import FileError, read_json, write_whole
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -326,8 +327,6 @@ class Answer:
         raise DidNotRun(message)
 
     def _reply(self, send, question, arguments, options, known):
-        from tpa_minimal.course.checks.judging import is_stub
-
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.setsid()
         nothing = os.open(os.devnull, os.O_RDWR)
