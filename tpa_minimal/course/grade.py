@@ -129,6 +129,11 @@ def defined(statements: list[ast.stmt]) -> set[str]:
     return {node.name for node in statements if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
+def bound(node: ast.stmt) -> set[str]:
+    """The names that an import or a definition binds."""
+    return defined([node]) or {(alias.asname or alias.name).split(".")[0] for alias in getattr(node, "names", ())}
+
+
 def defining(source: str, literals: bool) -> list[ast.stmt]:
     """A cell's imports and definitions, and with `literals` its plain constants; nothing that computes."""
     try:
@@ -261,25 +266,21 @@ def confine(memory: int, seconds: float) -> None:
 
 @dataclass
 class Answer:
-    """A student's answer to one exercise, kept as text in the trusted process; every call has a process of its own."""
+    """A student's answer to one exercise, which the trusted process never runs; every call has its own process."""
 
     exercise: Exercise
-    source: str
-    others: list[str]
+    statements: list[ast.stmt]
+    helpers: list[ast.stmt]  # what other cells define and the trusted notebook does not
     namespace: dict
     settings: Settings
 
     def defined(self):
         """The object that the answer defines. Called in a child only: this runs the student's code."""
-        for node in itertools.chain.from_iterable(defining(source, literals=False) for source in self.others):
-            names = defined([node]) or {
-                (alias.asname or alias.name).split(".")[0] for alias in getattr(node, "names", ())
-            }
-            if not names & set(self.namespace):  # the student's own helpers and earlier answers
-                with contextlib.suppress(Exception):
-                    run([node], self.namespace, "<answer>")
+        for node in self.helpers:
+            with contextlib.suppress(Exception):
+                run([node], self.namespace, "<answer>")
         try:
-            run(parsed(self.source), self.namespace, "<answer>")
+            run(self.statements, self.namespace, "<answer>")
         except Exception as error:
             raise DidNotRun(f"the cell does not run: {type(error).__name__}: {first_line(error)}") from error
         if self.exercise.name not in self.namespace:
@@ -427,9 +428,14 @@ def verdict(exercise: Exercise, cells: list[tuple[bool, str]], namespace: dict, 
         source = answer_of(exercise, cells)
         if source.strip() == exercise.stub.strip():
             return "todo", "the stub is unchanged"
-        others = [text for _, text in cells if text != source]
         signal.setitimer(signal.ITIMER_REAL, settings.seconds)
-        attempt = Answer(exercise, source, others, namespace, settings).stand_in()
+        try:
+            statements = parsed(source)
+        except (ValueError, RecursionError, MemoryError, SyntaxError) as error:
+            raise DidNotRun(f"the cell does not run: {type(error).__name__}: {first_line(error)}") from error
+        others = itertools.chain.from_iterable(defining(text, literals=False) for _, text in cells if text != source)
+        helpers = [node for node in others if not bound(node) & set(namespace)]
+        attempt = Answer(exercise, statements, helpers, namespace, settings).stand_in()
         with contextlib.redirect_stdout(printed):
             status = str(getattr(checks, exercise.checker)(attempt))
     except DidNotRun as error:
