@@ -63,7 +63,7 @@ class Settings:
     """The table, one row for each student and exercise; rows of unchanged submissions are kept from run to run."""
     notebooks: Path = PACKAGE.parent / "notebooks"
     """The folder with the project's own notebooks, to which the answers belong."""
-    seconds: float = 20.0
+    seconds: float = 60.0
     """Time for one exercise of one student."""
     memory_gb: float = 2.0
     """Memory that an answer may take beyond what the notebook's definitions take."""
