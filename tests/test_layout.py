@@ -32,7 +32,7 @@ LABORATORY = [
     "bench",
     "compare",
 ]  # each may import those before it
-CLASSROOM = ["looks", "diagrams", "explorer", "checks"]
+CLASSROOM = ["looks", "diagrams", "explorer", "checks", "grade", "handout"]
 
 
 def may_import(name):
@@ -45,6 +45,8 @@ def may_import(name):
         return below | {f"experiments.{other}" for other in LABORATORY[: LABORATORY.index(file)]}
     below |= {f"experiments.{other}" for other in LABORATORY}
     if room == "course":
+        if file == "grade":  # calls all checkers
+            below |= {"course", "course.checks.judging"}
         return below | {f"course.{other}" for other in CLASSROOM[: CLASSROOM.index(file)]}
     return below | {"course.checks.judging", "course.looks"}
 
@@ -87,6 +89,9 @@ def test_no_file_uses_a_name_with_an_underscore_of_another():
 def test_no_pickle_anywhere():
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "notebooks").glob("*.py")]:
         text = path.read_text(encoding="utf-8")
+        if path.stem == "grade":  # runs students' answers, in confined processes: that is its one exec
+            assert text.count("exec(compile(") == 1
+            text = text.replace("exec(compile(", "")
         assert not re.search(
             r"\bimport pickle|torch\.load\(|trust_remote_code=True|\beval\(|\bexec\(",
             text.replace("model.eval()", "").replace(".eval(", ""),
