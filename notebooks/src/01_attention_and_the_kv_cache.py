@@ -213,10 +213,7 @@ for causal in (True, False):
     change = [
         f"{(b - a[: len(prompt)]).abs().max():.5f}" for b, a in zip(before, after)
     ]
-    print(
-        f"{'causal' if causal else 'no mask':8} change in layers 1 to 3:",
-        *change,
-    )
+    print(f"{'causal' if causal else 'no mask':8} change in layers 1 to 3:", *change)
 
 # %% [markdown]
 # With the causal mask, nothing that belongs to an old token changes, in any layer (up to rounding): token $t$ has never

@@ -30,7 +30,7 @@
 # there. (Triton comes with PyTorch for CUDA on Linux; elsewhere there may be no package for your system, and this
 # notebook can only be read.)
 
-# %%
+# %% tags=["hide-input"]
 import json
 import math
 import os
@@ -104,7 +104,7 @@ print(
 # The **roofline** is the limit that follows: a program of intensity $I$ performs at most
 # $\min(\text{peak},\; I \cdot \text{bandwidth})$ operations per second.
 
-# %%
+# %% tags=["hide-input"]
 fig, ax = plt.subplots()
 x = torch.logspace(-2, 8, 100, base=2)
 ax.plot(x, (x * bandwidth).clamp(max=peak) / 1e9, color="black")
@@ -122,7 +122,10 @@ ax.set(xlabel="operations per byte", ylabel="billion operations per second")
 for axis in (ax.xaxis, ax.yaxis):
     axis.set_major_formatter("{x:g}")
 ax.set_title("Limits, not measurements: where the roof slopes, memory decides")
-plt.show()
+looks.show(
+    fig,
+    "A roof over operations per byte: decoding lies where it slopes, a large product where it is flat.",
+)
 
 # %% [markdown]
 # Where a point lies under the slope, fewer bytes mean less time. Under the flat part the processor itself is the limit,
@@ -262,30 +265,24 @@ def split_kernel(
     heads, features, i = tl.arange(0, H), tl.arange(0, D), tl.program_id(0)
     query = tl.load(q + heads[None, :] * D + features[:, None])  # (D, H)
     m = tl.full((H,), float("-inf"), tl.float32)
-    s = tl.zeros((H,), tl.float32)
-    y = tl.zeros((H, D), tl.float32)
+    s, y = tl.zeros((H,), tl.float32), tl.zeros((H, D), tl.float32)
     end = tl.minimum((i + 1) * split, M)
     for first in range(i * split, end, BLOCK):
         positions = first + tl.arange(0, BLOCK)
         seen = (positions < end)[:, None]
-        row_h, row_d = (
-            positions[:, None] * H + heads[None, :],
-            positions[:, None] * D + features[None, :],
-        )
-        p = tl.dot(
-            tl.load(b_k + row_d, mask=seen, other=0.0), query, input_precision="ieee"
-        )  # (BLOCK, H)
-        scores = tl.where(
-            seen, p * tl.load(a_k + row_h, mask=seen, other=0.0), float("-inf")
-        )
+        row_h = positions[:, None] * H + heads[None, :]
+        row_d = positions[:, None] * D + features[None, :]
+        b = tl.load(b_k + row_d, mask=seen, other=0.0)
+        p = tl.dot(b, query, input_precision="ieee")  # (BLOCK, H)
+        p = p * tl.load(a_k + row_h, mask=seen, other=0.0)
+        scores = tl.where(seen, p, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 0))
         weights, shrink = tl.exp2(scores - m_new[None, :]), tl.exp2(m - m_new)
         scaled = weights * tl.load(a_v + row_h, mask=seen, other=0.0)
         s = s * shrink + tl.sum(weights, 0)
         b = tl.load(b_v + row_d, mask=seen, other=0.0)
-        y = tl.dot(
-            tl.trans(scaled), b, y * shrink[:, None], input_precision="ieee"
-        )  # (H, D)
+        y = y * shrink[:, None]
+        y = tl.dot(tl.trans(scaled), b, y, input_precision="ieee")  # (H, D)
         m = m_new
     tl.store(m_out + i * H + heads, m)
     tl.store(s_out + i * H + heads, s)

@@ -94,9 +94,7 @@ kinds = [
 x = torch.randn(2, 24, config.d_model)
 for kind in kinds:
     layer = kind(config)
-    torch.nn.init.normal_(
-        layer.out_proj.weight
-    )  # zero at the start, which would hide any difference
+    torch.nn.init.normal_(layer.out_proj.weight)  # zero would hide any difference
     cache = layer.new_cache(batch_size=2)
     chunks = [layer(chunk, cache) for chunk in x.split([10, 1, 13], dim=1)]
     assert_close(torch.cat(chunks, dim=1), layer(x))
@@ -147,9 +145,7 @@ with torch.no_grad():
             part.copy_(given[name])
         else:
             part.zero_()
-            part[:, -1] = getattr(
-                fixed, name
-            ).flatten()  # answers to the constant coordinate alone
+            part[:, -1] = getattr(fixed, name).flatten()  # the constant coordinate's
     base.out_proj.weight.copy_(fixed.out_proj.weight)
 
 assert_close(base(x_one), fixed(x_one))
@@ -172,7 +168,7 @@ print(
 # A logit is $\sum_{rs} a_{q,r}(x_t)\,a_{k,s}(x_m)\,\kappa_{rs}(t-m)$: whatever the tokens say, their influence on each
 # other follows $R_Q R_K$ fixed curves. Here are those of a fresh layer.
 
-# %% claim="app-g-fixed-b"
+# %% tags=["hide-input"] claim="app-g-fixed-b"
 layer = variants.FixedFeatureFactors(config)
 tables = rope_tables(torch.arange(64), config.d_head, config.rope_base, torch.float64)
 b_k = apply_rope(layer.b_k.detach().expand(1, 64, -1, -1), *tables)[0]  # (M, R_K, d_h)
@@ -402,7 +398,7 @@ for rank in (1, 4):
         TensorProductAttention, rank_k=rank, rank_v=rank
     )
 
-# %%
+# %% tags=["hide-input"]
 LOOK = {
     "MHA": "mha", "MQA": "mqa", "KV-only": "tpa-kv-only", "fixed A": "tpa-fixed-a", "fixed B": "tpa-fixed-b",
     "shared B": "tpa-shared-b", "sigmoid A": "tpa-sigmoid-a", "softmax A": "tpa-softmax-a",

@@ -17,8 +17,7 @@
 # - use any T6 as a transformers model: padded batches, beam search, sampling, `Trainer`, adapters;
 # - put TPA into a LLaMA as `self_attn`, so that `model.generate` goes on working;
 # - carry the authors' T6 checkpoints to this package and back;
-# - take a trained model down in rank, measure the error, and explain why contextual factors do not simply fit;
-# - save, load and publish a model with its config, and say what survives that.
+# - take a trained model down in rank, save and load it, and say what survives and why contextual factors do not fit.
 #
 # **You need** notebook 04 (MHA, MQA and GQA as TPA); 03 for RoPE's sense of rotation; 11 for fixed A.
 #
@@ -34,7 +33,7 @@
 #
 # `transformers` is optional. Where it is not installed, the cells that need it say so and do nothing.
 
-# %%
+# %% tags=["hide-input"]
 import importlib.util
 import os
 import tempfile
@@ -281,6 +280,7 @@ def fit(model, steps, lr):
     return model
 
 
+# %%
 @torch.no_grad()
 def held_out_loss(model):
     return sum(train.loss_sum(model, *batch).item() for batch in held_out) / sum(
@@ -347,7 +347,7 @@ def svd_error(y, R):
     return error((U[..., :R] * S[:, None, :R]) @ V[:, :R], y)
 
 
-# %%
+# %% tags=["hide-input"]
 ranks = [1, 2, 3, 4]
 errors = {
     "contextual, linear in x": [contextual_error(x, K, R) for R in ranks],
@@ -376,7 +376,10 @@ axes[1].set(xlabel="cached numbers per token for the keys")
 axes[0].set_title("At equal rank: little between them")
 axes[1].set_title("At equal cache: constants win")
 axes[0].legend()
-plt.show()
+looks.show(
+    fig,
+    "Error of the keys against rank and against cached numbers: at equal cache the constants are best.",
+)
 assert errors["fixed A, closed form"][3] < 1e-5 < errors["contextual, linear in x"][3]
 
 # %% [markdown]
@@ -426,7 +429,7 @@ for R in (1, 2, 3):
     tuned.append(held_out_loss(fit(small, 40, lr=1e-3)))
 cut.append(gqa_loss)
 
-# %%
+# %% tags=["hide-input"]
 fig, ax = plt.subplots()
 size = [2 * 2 * R * 16 * 4 for R in ranks]  # layers · (keys, values) · R · d_h · bytes
 ax.plot(size, cut, "o-", label="rank cut, closed form")
@@ -440,7 +443,10 @@ ax.set(
 )
 ax.set_title("A lower rank costs loss; a little training gives some back")
 ax.legend()
-plt.show()
+looks.show(
+    fig,
+    "Held-out loss against cache bytes: a cut of the rank costs loss, and training gives some of it back.",
+)
 assert cut[0] > cut[3] and tuned[0] < cut[0]
 
 # %% [markdown]

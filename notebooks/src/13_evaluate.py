@@ -155,7 +155,7 @@ checks.ex13_1(log_likelihood)
 # Every further token multiplies by a number below 1. So the sum favours short endings, however silly. The harness
 # therefore reports a second accuracy, `acc_norm`, that compares the log-likelihood *per letter*.
 
-# %%
+# %% tags=["hide-input"]
 letters = [len(ending.strip()) for ending in endings]
 per_letter = [score / n for score, n in zip(sums, letters)]
 fig, axes = plt.subplots(1, 2, figsize=(7.4, 2.6), sharey=True)
@@ -264,7 +264,7 @@ def share_won(n, p=0.462, q=0.463):
     return 0.5 * (1 + math.erf((q - p) / error / math.sqrt(2)))
 
 
-# %%
+# %% tags=["hide-input"]
 n = np.logspace(2, 7, 200)
 fig, ax = plt.subplots(figsize=(7, 3))
 ax.plot(n, [share_won(x) for x in n])
@@ -355,7 +355,7 @@ print(
 # The small tasks spoil it: OpenBookQA's 500 questions weigh as much as MMLU's 14,042. Now the averages, with such an
 # error on each.
 
-# %%
+# %% tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(7.4, 3.6))
 rows = list(evaluate.PAPER_AVERAGES)
 for k, name in enumerate(evaluate.PAPER_MECHANISMS):
@@ -488,7 +488,7 @@ longer = read_json(bench.RESULTS / "evaluate_tiny.json")
 for report in longer:
     print(evaluate.table(report), "\n")
 
-# %%
+# %% tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(7, 3.4))
 found = [report["results"] for report in (before, after, *longer)]
 losses = [results["heldout"]["0"]["loss,none"] for results in found]
