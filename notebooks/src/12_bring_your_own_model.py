@@ -192,11 +192,12 @@ if have_transformers:
         return_dict_in_generate=True,
         **options,
     )
+
+# %%
+if have_transformers:
     kept = beams.past_key_values.layers[0].factors
-    print(
-        "(batch x beams, positions, ranks, width) of b_k:",
-        tuple(kept.view(0, kept.length)[1].shape),
-    )
+    shape = tuple(kept.view(0, kept.length)[1].shape)
+    print("(batch x beams, positions, ranks, width) of b_k:", shape)
 
 # %% [markdown]
 # ## TPA in another model
@@ -288,6 +289,7 @@ def held_out_loss(model):
     )
 
 
+# %%
 gqa = fit(T6(sizes, attention=partial(MultiHeadAttention, n_kv_head=4)), steps, lr=4e-3)
 gqa_loss = held_out_loss(gqa)
 for block in gqa.blocks:
@@ -317,9 +319,9 @@ with torch.no_grad():
     hook.remove()
     x = inputs[0].double()  # (N, d_model)
     K = convert.tpa_to_mha(block.attention).k_proj.weight.double()
-    K = (x @ K.T).unflatten(
-        -1, (8, 16)
-    )  # (N, h, d_h), before rotation, which changes no error
+    K = (x @ K.T).unflatten(-1, (8, 16))  # (N, h, d_h), not rotated
+
+# %%
 print("inputs", tuple(x.shape), " keys", tuple(K.shape))
 
 
@@ -360,7 +362,7 @@ numbers_per_rank = [
     8 + 16,
 ]  # cached for the keys: h + d_h, or d_h where A is fixed
 
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(8.6, 3.6), sharey=True)
 for (label, values), style, numbers in zip(
     errors.items(), ("o-", "s--", "^:"), numbers_per_rank
 ):
@@ -419,9 +421,8 @@ for R in (2, 4):
 # few steps of further training give back?
 
 # %%
-sample = torch.cat(
-    [lessons.batch("train", step, 8, 64, seed=1)[0] for step in range(4)]
-)
+batches = [lessons.batch("train", step, 8, 64, seed=1)[0] for step in range(4)]
+sample = torch.cat(batches)
 cut, tuned = [], []
 for R in (1, 2, 3):
     small = convert.reduce_rank(gqa, sample, rank_k=R, rank_v=R)

@@ -11,6 +11,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -754,7 +756,7 @@ def test_a_huge_model_in_a_state_is_refused_before_it_is_built(undisturbed, tmp_
         state = json.loads(file.read_text())
         state["settings"]["changes"] = {**MICRO.changes, **change}
         file.write_text(json.dumps(state))
-        with pytest.raises(SettingError, match="model.safetensors"):
+        with pytest.raises(SettingError, match="model.safetensors|max_len=1000000000"):
             train.load_checkpoint(tmp_path / "run")
 
 
@@ -795,3 +797,39 @@ def test_transformers_opens_a_run(undisturbed):
     torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-6)
     again = transformers.AutoModelForCausalLM.from_pretrained(undisturbed[0])
     assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_out_may_not_lie_inside_data(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    with pytest.raises(SettingError, match="lies inside --data"):
+        train.settle(replace(MICRO, data=str(tmp_path), out=tmp_path / "run"))
+
+
+def test_a_batch_that_does_not_fit_is_computed_in_more_parts(undisturbed, tmp_path, monkeypatch):
+    """A card on which no more than one sequence fits, simulated."""
+    plain, largest = train.loss_sum, []
+
+    def small(model, inputs, targets):
+        if model.training and torch.is_grad_enabled():
+            if len(inputs) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            largest.append(len(inputs))
+        return plain(model, inputs, targets)
+
+    monkeypatch.setattr(train, "loss_sum", small)
+    result = run(tmp_path / "run")
+    losses = [row["train_loss"] for row in result.metrics]
+    expected = [json.loads(line)["train_loss"] for line in undisturbed[1].splitlines()]
+    assert losses == pytest.approx(expected, rel=1e-4) and set(largest) == {1}
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tmp_path / "other", accumulation=2)
+
+
+def test_a_broken_backend_stops_no_run(tmp_path):
+    code = "from tpa_minimal.__main__ import main; raise SystemExit(main())"
+    options = f"train --out {tmp_path / 'run'} --data lessons --tokens 20000 --steps 1 --batch-size 2 --seq-len 8"
+    environment = dict(os.environ, MPLBACKEND="nonsense", OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-c", code, *options.split(), "--set", "n_layer=1"], capture_output=True,
+                          text=True, env=environment)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/loss.png").exists() or "no loss curve" in done.stderr

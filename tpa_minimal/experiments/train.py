@@ -94,6 +94,7 @@ DEFAULTS = {
 
 EVAL_TOKENS = 16_384  # validation tokens per evaluation, or one batch if that is more
 MAX_LOGITS = 2**29  # a process computes at most this many logits at a time (2 GiB in float32), by accumulation
+MAX_LEN = 2**24  # positions of a model
 MIN_CHECKPOINT_SECONDS = 5.0  # between checkpoints; more where writing one takes long, see `train`
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -194,6 +195,9 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
     given = {name: value for name, value in given.items() if value not in (None, "auto", {}, ())} | {"out": out}
     if given.get("data") not in (None, "fineweb-edu", "lessons"):
         given["data"] = os.path.realpath(os.path.expanduser(given["data"]))
+        if out.resolve().is_relative_to(given["data"]) and Path(given["data"]).is_dir():
+            remedy = "the run's own files would become data; choose an --out elsewhere"
+            raise SettingError(f"--out {out}: lies inside --data {given['data']}, so {remedy}")
     own = own_settings(checkpoint, read_state(checkpoint)) if checkpoint else {}
     if ":" in own.get("attention", "") and config.attention is None:  # a file does not choose what is imported
         raise SettingError(f"--attention: the run in {out} has a layer of its own; add --attention {own['attention']}")
@@ -333,6 +337,8 @@ def build_model(settings: TrainConfig, vocab_size: int) -> T6:
     try:
         config = T6Config.preset(settings.preset, **{"vocab_size": vocab_size, **settings.changes})
         config = replace(config, max_len=max(config.max_len, settings.seq_len))
+        if config.max_len > MAX_LEN:
+            raise ValueError(f"max_len={config.max_len}: at most {MAX_LEN:,} makes sense")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed or 0)
             return T6(equal_parameters(settings.attention, config), attention)
@@ -434,8 +440,11 @@ def plot_losses(axes, metrics: list[dict], label: str = "") -> None:
 
 def write_curve(out: Path, metrics: list[dict], title: str) -> None:
     """Draw the run's losses into out/loss.png."""
-    from matplotlib.figure import Figure  # here, so that importing this module stays light
-
+    try:  # here, so that importing this module stays light
+        from matplotlib.figure import Figure
+    except (ImportError, ValueError) as error:  # a broken MPLBACKEND is a ValueError
+        print(f"no loss curve: matplotlib cannot be imported ({error})", file=sys.stderr)
+        return
     figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
     axes = figure.subplots()
     plot_losses(axes, metrics)
@@ -536,19 +545,25 @@ class Trainer:
                 total += loss.detach()
         return total
 
+    def fitting(self, compute: Callable):
+        """What `compute` returns, after doubling the parts of a batch as often as the GPU runs out of memory."""
+        while True:
+            try:
+                return compute()
+            except torch.OutOfMemoryError:
+                share = self.settings.batch_size // self.processes.count
+                if self.processes.count > 1 or self.settings.accumulation is not None or self.parts >= share:
+                    raise
+            # After the except block, whose traceback keeps the failed tensors alive.
+            self.parts = next(n for n in range(2 * self.parts, 2 * share + 1) if share % n == 0 or n >= share)
+            self.parts = min(self.parts, share)
+            self.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+
     def train_step(self, step: int, steps: int) -> float:
         """Update the weights by batch `step`, unless it is beyond the last; returns the mean loss before."""
         s, updating = self.settings, step < steps
-        try:
-            total = self.losses(step, backward=updating)
-        except torch.OutOfMemoryError:
-            share = s.batch_size // self.processes.count
-            if self.processes.count > 1 or s.accumulation is not None or self.parts >= share:
-                raise
-            self.parts = next(n for n in range(2 * self.parts, share + 1) if share % n == 0)
-            self.optimizer.zero_grad()
-            torch.cuda.empty_cache()
-            return self.train_step(step, steps)
+        total = self.fitting(lambda: self.losses(step, backward=updating))
         mean = self.processes.sum([total.item()])[0] / (s.batch_size * s.seq_len)
         if updating and math.isfinite(mean):
             self.scaler.unscale_(self.optimizer)
@@ -578,14 +593,18 @@ class Trainer:
     def expected_seconds(self, steps: int) -> float:
         """How long `steps` steps will take, from one part of a batch that is computed and thrown away."""
         s = self.settings
-        inputs, targets = next(self.shares(self.data.batch("train", 0, s.batch_size, s.seq_len, s.seed)))
-        for _ in range(2):  # the first also sets up kernels and buffers
+
+        def one_part() -> float:
+            inputs, targets = next(self.shares(self.data.batch("train", 0, s.batch_size, s.seq_len, s.seed)))
             started = time.monotonic()
             with self.autocast:
                 self.loss(inputs, targets).backward()
             if self.processes.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds = (time.monotonic() - started) * self.parts
+            return (time.monotonic() - started) * self.parts
+
+        for _ in range(2):  # the first also sets up kernels and buffers
+            seconds = self.fitting(one_part)
             self.optimizer.zero_grad()
         held_out = min(len(self.data.val), max(EVAL_TOKENS, s.batch_size * s.seq_len))
         evaluated = held_out / (s.batch_size * s.seq_len) / s.eval_every / 3  # a forward pass is a third of a step
