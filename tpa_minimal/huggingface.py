@@ -369,19 +369,10 @@ class LlamaSelfAttention(nn.Module):
                 )
 
 
-class _FromLlama(LlamaSelfAttention):
-    """What `use_tpa` makes: its weights go to and come from a file under LLaMA's names."""
-
-    def __init__(self, attention: FixedHeadFactors, layer_idx: int):
-        super().__init__(attention, layer_idx)
-        self.register_state_dict_post_hook(_as_llama)
-        self.register_load_state_dict_pre_hook(_from_llama)
-
-
 _CONSTANTS, _PROJECTIONS = ("a_q", "a_k", "a_v"), ("q_proj", "k_proj", "v_proj")
 
 
-def _as_llama(module: _FromLlama, state: dict, prefix: str, _) -> None:
+def _as_llama(module: LlamaSelfAttention, state: dict, prefix: str, _) -> None:
     """Rename, and mirror back, in a state dict that was just made; an adapter's weights stay as they are."""
     layer, ours = module.attention, f"{prefix}attention."
     if f"{ours}factor_proj.weight" not in state or f"{ours}out_proj.weight" not in state:
@@ -396,7 +387,7 @@ def _as_llama(module: _FromLlama, state: dict, prefix: str, _) -> None:
     state[f"{prefix}o_proj.weight"] = state.pop(f"{ours}out_proj.weight")
 
 
-def _from_llama(module: _FromLlama, state: dict, prefix: str, *_) -> None:
+def _from_llama(module: LlamaSelfAttention, state: dict, prefix: str, *_) -> None:
     """The way back, before a state dict is loaded."""
     layer, ours = module.attention, f"{prefix}attention."
     names = [f"{prefix}{name}.weight" for name in _PROJECTIONS]
@@ -422,7 +413,9 @@ def use_tpa(model):
     for i, layer in enumerate(model.model.layers):
         attention = _llama_attention(layer.self_attn, config)
         attention.rope = rope
-        layer.self_attn = _FromLlama(attention, i).train(model.training)
+        layer.self_attn = LlamaSelfAttention(attention, i).train(model.training)
+        layer.self_attn.register_state_dict_post_hook(_as_llama)  # in a file its weights have LLaMA's names
+        layer.self_attn.register_load_state_dict_pre_hook(_from_llama)
     return model
 
 
@@ -773,17 +766,16 @@ def _checked(folder: Path) -> T6:
     """The model of a folder without its weights (on the device "meta"), once config.json and their header agree."""
     config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     found = read_json(config_path)
-    if not isinstance(found, dict) or found.get("model_type") != "t6":
-        kind = found.get("model_type") if isinstance(found, dict) else type(found).__name__
+    kind = found.get("model_type") if isinstance(found, dict) else type(found).__name__
+    if kind != "t6":
         raise ValueError(
             f"{config_path}: model_type={kind!r}, not 't6'; a LLaMA goes through "
             "llama_to_t6(transformers.LlamaForCausalLM.from_pretrained(...))"
         )
     try:
         with safe_open(weights_path, "pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}
-            header = {key: value.get_shape() for key, value in slices.items()}
-            types = {key: value.get_dtype() for key, value in slices.items()}
+            header = {key: file.get_slice(key).get_shape() for key in file.keys()}
+            types = {key: file.get_slice(key).get_dtype() for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{weights_path}: is damaged or cut short ({error}); copy it again") from error
     try:
