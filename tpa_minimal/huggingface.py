@@ -586,10 +586,10 @@ def t6_to_authors_state_dict(state_dict: dict[str, Tensor], config: T6Config) ->
         )
     if config.rank_k != config.rank_v:
         raise ValueError(f"rank_k={config.rank_k}, rank_v={config.rank_v}: the authors' model has one rank for both")
-    layout, theirs = _authors_layout(config), {}
-    expected = {
-        name: (sum(rows for rows, _ in parts.values()), next(iter(parts.values()))[1]) for name, parts in layout.items()
-    }
+    layout, expected, theirs = _authors_layout(config), {}, {}
+    for name, parts in layout.items():
+        rows, columns = zip(*parts.values())
+        expected[name] = (sum(rows), columns[0])
     for name in sorted(expected.keys() | state_dict.keys()):
         found = tuple(state_dict[name].shape) if name in state_dict else None
         if found != expected.get(name):
