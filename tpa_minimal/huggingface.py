@@ -120,14 +120,7 @@ class LlamaT6(T6):
     """
 
     def __init__(
-        self,
-        config: T6Config,
-        attention=FixedHeadFactors,
-        *,
-        norm_eps: float,
-        inv_freq: list[float],
-        rope_scale: float = 1.0,
-        in_float32: bool = True,
+        self, config: T6Config, attention=FixedHeadFactors, *, norm_eps, inv_freq, rope_scale=1.0, in_float32=True
     ):
         super().__init__(config, attention)
         if len(inv_freq) != config.d_head // 2:
@@ -376,19 +369,10 @@ class LlamaSelfAttention(nn.Module):
                 )
 
 
-class _FromLlama(LlamaSelfAttention):
-    """What `use_tpa` makes: its weights go to and come from a file under LLaMA's names."""
-
-    def __init__(self, attention: FixedHeadFactors, layer_idx: int):
-        super().__init__(attention, layer_idx)
-        self.register_state_dict_post_hook(_as_llama)
-        self.register_load_state_dict_pre_hook(_from_llama)
-
-
 _CONSTANTS, _PROJECTIONS = ("a_q", "a_k", "a_v"), ("q_proj", "k_proj", "v_proj")
 
 
-def _as_llama(module: _FromLlama, state: dict, prefix: str, _) -> None:
+def _as_llama(module: LlamaSelfAttention, state: dict, prefix: str, _) -> None:
     """Rename, and mirror back, in a state dict that was just made; an adapter's weights stay as they are."""
     layer, ours = module.attention, f"{prefix}attention."
     if f"{ours}factor_proj.weight" not in state or f"{ours}out_proj.weight" not in state:
@@ -403,7 +387,7 @@ def _as_llama(module: _FromLlama, state: dict, prefix: str, _) -> None:
     state[f"{prefix}o_proj.weight"] = state.pop(f"{ours}out_proj.weight")
 
 
-def _from_llama(module: _FromLlama, state: dict, prefix: str, *_) -> None:
+def _from_llama(module: LlamaSelfAttention, state: dict, prefix: str, *_) -> None:
     """The way back, before a state dict is loaded."""
     layer, ours = module.attention, f"{prefix}attention."
     names = [f"{prefix}{name}.weight" for name in _PROJECTIONS]
@@ -429,7 +413,9 @@ def use_tpa(model):
     for i, layer in enumerate(model.model.layers):
         attention = _llama_attention(layer.self_attn, config)
         attention.rope = rope
-        layer.self_attn = _FromLlama(attention, i).train(model.training)
+        layer.self_attn = LlamaSelfAttention(attention, i).train(model.training)
+        layer.self_attn.register_state_dict_post_hook(_as_llama)  # in a file its weights have LLaMA's names
+        layer.self_attn.register_load_state_dict_pre_hook(_from_llama)
     return model
 
 
@@ -530,7 +516,34 @@ def _reduced(layer: FixedHeadFactors, x: Tensor, rank_k: int, rank_v: int, conte
 
 # ------------------------------------------------------------------------------------ the authors' checkpoints
 
-_AUTHORS_MLP = {"gate_proj": "c_fc1", "up_proj": "c_fc2", "down_proj": "c_proj"}
+_AUTHORS_NAMES = {
+    "attention.out_proj": "attn.c_proj",
+    "mlp.gate_proj": "mlp.c_fc1",
+    "mlp.up_proj": "mlp.c_fc2",
+    "mlp.down_proj": "mlp.c_proj",
+}
+
+
+def _authors_layout(config: T6Config) -> dict[str, dict[str, tuple[int, int]]]:
+    """For each weight of T6(config), the names and shapes of the authors' that make it up, one below the other."""
+    with torch.device("meta"):
+        shapes = {name: tuple(weight.shape) for name, weight in T6(config).state_dict().items()}
+    layout = {"embedding.weight": {"transformer.wte.weight": shapes["embedding.weight"]}}
+    for i in range(config.n_layer):
+        ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
+        layout[f"{ours}.attention.factor_proj.weight"] = {
+            f"{theirs}.attn.c_qkv.W_{kind}_{letter}.weight": (rank * width, config.d_model)
+            for letter, rank in (("q", config.rank_q), ("k", config.rank_k), ("v", config.rank_v))
+            for kind, width in (("A", config.n_head), ("B", config.d_head))
+        }
+        for name, other in _AUTHORS_NAMES.items():
+            layout[f"{ours}.{name}.weight"] = {f"{theirs}.{other}.weight": shapes[f"{ours}.{name}.weight"]}
+    return layout
+
+
+def _regrouped(name: str, weight: Tensor, groups: int) -> Tensor:
+    """The rows of head factors, (groups, n), in the order (n, groups); other weights as they are."""
+    return weight.unflatten(0, (groups, -1)).transpose(0, 1).flatten(0, 1) if "c_qkv.W_A_" in name else weight
 
 
 def authors_t6_state_dict(state_dict: dict[str, Tensor], config: T6Config) -> dict[str, Tensor]:
@@ -546,36 +559,18 @@ def authors_t6_state_dict(state_dict: dict[str, Tensor], config: T6Config) -> di
         raise ValueError("neither transformer.wte.weight nor lm_head.weight is there: not a T6 checkpoint")
     if not torch.equal(tied[0], tied[-1]):
         raise ValueError("lm_head.weight and transformer.wte.weight differ: T6 has one tensor for both")
-    ours = {"embedding.weight": _fitting("transformer.wte.weight", tied[0], (config.vocab_size, config.d_model))}
-    h, d_head, d_model, width = config.n_head, config.d_head, config.d_model, config.n_head * config.d_head
-
-    def take(name, *shape):
-        if name not in state:
-            raise ValueError(f"{name} is missing: for n_layer={config.n_layer} the checkpoint should have it")
-        return _fitting(name, state.pop(name), shape)
-
-    for i in range(config.n_layer):
-        rows = []
-        for letter, rank in (("q", config.rank_q), ("k", config.rank_k), ("v", config.rank_v)):
-            head_major = take(f"transformer.h.{i}.attn.c_qkv.W_A_{letter}.weight", h * rank, d_model)
-            rows.append(head_major.unflatten(0, (h, rank)).transpose(0, 1).flatten(0, 1))
-            rows.append(take(f"transformer.h.{i}.attn.c_qkv.W_B_{letter}.weight", rank * d_head, d_model))
-        ours[f"blocks.{i}.attention.factor_proj.weight"] = torch.cat(rows)
-        ours[f"blocks.{i}.attention.out_proj.weight"] = take(f"transformer.h.{i}.attn.c_proj.weight", d_model, width)
-        for name, theirs in _AUTHORS_MLP.items():
-            shape = (d_model, config.d_ff) if name == "down_proj" else (config.d_ff, d_model)
-            ours[f"blocks.{i}.mlp.{name}.weight"] = take(f"transformer.h.{i}.mlp.{theirs}.weight", *shape)
+    state["transformer.wte.weight"] = tied[0]
+    ours = {}
+    for our_name, parts in _authors_layout(config).items():
+        for name, shape in parts.items():
+            if name not in state:
+                raise ValueError(f"{name} is missing: for n_layer={config.n_layer} the checkpoint should have it")
+            if (found := tuple(state[name].shape)) != shape:
+                raise ValueError(f"{name} is {found}, but the config asks for {shape}: correct the config")
+        ours[our_name] = torch.cat([_regrouped(name, state.pop(name), config.n_head) for name in parts])
     if state:
-        raise ValueError(
-            f"{', '.join(sorted(state)[:4])}: T6(config) with n_layer={config.n_layer} has no place for it"
-        )
+        raise ValueError(f"{', '.join(sorted(state)[:4])}: T6 with n_layer={config.n_layer} has no place for it")
     return ours
-
-
-def _fitting(name: str, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if weight.shape != shape:
-        raise ValueError(f"{name} is {tuple(weight.shape)}, but the config asks for {tuple(shape)}: correct the config")
-    return weight
 
 
 def t6_to_authors_state_dict(state_dict: dict[str, Tensor], config: T6Config) -> dict[str, Tensor]:
@@ -591,26 +586,20 @@ def t6_to_authors_state_dict(state_dict: dict[str, Tensor], config: T6Config) ->
         )
     if config.rank_k != config.rank_v:
         raise ValueError(f"rank_k={config.rank_k}, rank_v={config.rank_v}: the authors' model has one rank for both")
-    with torch.device("meta"):
-        expected = {name: weight.shape for name, weight in T6(config).state_dict().items()}
+    layout, expected, theirs = _authors_layout(config), {}, {}
+    for name, parts in layout.items():
+        rows, columns = zip(*parts.values())
+        expected[name] = (sum(rows), columns[0])
     for name in sorted(expected.keys() | state_dict.keys()):
-        found = state_dict[name].shape if name in state_dict else None
+        found = tuple(state_dict[name].shape) if name in state_dict else None
         if found != expected.get(name):
             raise ValueError(f"{name} has shape {found} where T6(config) has {expected.get(name)}: correct the config")
-    ranks = [rank for rank in (config.rank_q, config.rank_k, config.rank_v) for _ in "AB"]
-    widths = (config.n_head, config.d_head) * 3
-    embedding = state_dict["embedding.weight"]
-    theirs = {"transformer.wte.weight": embedding, "lm_head.weight": embedding}
-    for i in range(config.n_layer):
-        parts = state_dict[f"blocks.{i}.attention.factor_proj.weight"].split([R * w for R, w in zip(ranks, widths)])
-        for name, rank, part in zip(("A_q", "B_q", "A_k", "B_k", "A_v", "B_v"), ranks, parts):
-            if name[0] == "A":
-                part = part.unflatten(0, (rank, config.n_head)).transpose(0, 1).flatten(0, 1)
-            theirs[f"transformer.h.{i}.attn.c_qkv.W_{name}.weight"] = part.clone()
-        theirs[f"transformer.h.{i}.attn.c_proj.weight"] = state_dict[f"blocks.{i}.attention.out_proj.weight"]
-        for name, their_name in _AUTHORS_MLP.items():
-            theirs[f"transformer.h.{i}.mlp.{their_name}.weight"] = state_dict[f"blocks.{i}.mlp.{name}.weight"]
-    return theirs
+    for our_name, parts in layout.items():
+        split = state_dict[our_name].split([rows for rows, _ in parts.values()])
+        for name, weight in zip(parts, split):
+            groups = weight.shape[0] // config.n_head  # as many as the rank
+            theirs[name] = _regrouped(name, weight, groups).clone()
+    return {**theirs, "lm_head.weight": theirs["transformer.wte.weight"]}
 
 
 # --------------------------------------------------------------------------------------------- files and hubs
@@ -777,17 +766,16 @@ def _checked(folder: Path) -> T6:
     """The model of a folder without its weights (on the device "meta"), once config.json and their header agree."""
     config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     found = read_json(config_path)
-    if not isinstance(found, dict) or found.get("model_type") != "t6":
-        kind = found.get("model_type") if isinstance(found, dict) else type(found).__name__
+    kind = found.get("model_type") if isinstance(found, dict) else type(found).__name__
+    if kind != "t6":
         raise ValueError(
             f"{config_path}: model_type={kind!r}, not 't6'; a LLaMA goes through "
             "llama_to_t6(transformers.LlamaForCausalLM.from_pretrained(...))"
         )
     try:
         with safe_open(weights_path, "pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}
-            header = {key: value.get_shape() for key, value in slices.items()}
-            types = {key: value.get_dtype() for key, value in slices.items()}
+            header = {key: file.get_slice(key).get_shape() for key in file.keys()}
+            types = {key: file.get_slice(key).get_dtype() for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{weights_path}: is damaged or cut short ({error}); copy it again") from error
     try:
@@ -830,20 +818,14 @@ def _refuse_nan(model: nn.Module, where) -> None:
             raise ValueError(f"{where}: {name} in {WEIGHTS_FILE} holds NaN or infinity; take an earlier checkpoint")
 
 
-def push_to_hub(
-    model: T6, repo_id: str, *, private: bool | None = None, revision=None, token=None, commit_message="Upload T6"
-) -> str:
+def push_to_hub(model: T6, repo_id: str, private: bool | None = None) -> str:
     """Save `model` to the repository "user/name" on the hub, made if need be; returns the commit's address."""
     from huggingface_hub import HfApi  # only those who go to the hub need it
 
-    api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
-        )
-    return commit.commit_url
+        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+        return HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload T6").commit_url
 
 
 # ------------------------------------------------------------------------------------- T6 inside transformers
@@ -855,23 +837,13 @@ class _CacheLayer:
     padding: (B,), what each row has of it, kept for calls that bring no mask.
     """
 
-    is_compileable, is_croppable, is_sliding, supports_early_init, is_initialized = False, True, False, False, True
+    is_compileable, is_croppable = False, True
 
     def __init__(self, factors: FactorCache, padding: Tensor | None):
         self.factors, self.padding = factors, padding
 
     def get_seq_length(self) -> int:
         return self.factors.length
-
-    def get_max_length(self) -> int:
-        return -1  # it grows
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.factors.length + query_length, 0
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.factors.view(0, 0)[0])
 
     def reset(self) -> None:
         self.factors.truncate(0)
@@ -884,22 +856,17 @@ class _CacheLayer:
         """Grow, by doubling, if T more do not fit."""
         needed = self.factors.length + T
         if needed > self.factors.max_len:
-            self._copy(torch.arange(self.batch_size), max(needed, 2 * self.factors.max_len))
+            self._copy(slice(None), max(needed, 2 * self.factors.max_len))
 
     def reorder_cache(self, rows: Tensor) -> None:
         """Let row i become what row rows[i] was."""
-        self._copy(rows, self.factors.max_len)
+        self._copy(rows.to(self.factors.view(0, 0)[0].device), self.factors.max_len)
 
-    batch_select_indices = reorder_cache
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._copy(torch.arange(self.batch_size).repeat_interleave(repeats), self.factors.max_len)
-
-    def _copy(self, rows: Tensor, max_len: int) -> None:
-        kept = self.factors.view(0, self.factors.length)
-        rows, shapes = rows.to(kept[0].device), [x.shape[2:] for x in kept]
-        self.factors = FactorCache(shapes, len(rows), max_len, kept[0].device, kept[0].dtype)
-        self.factors.append(*(x[rows] for x in kept))
+    def _copy(self, rows: Tensor | slice, max_len: int) -> None:
+        kept = [x[rows] for x in self.factors.view(0, self.factors.length)]
+        shapes = [x.shape[2:] for x in kept]
+        self.factors = FactorCache(shapes, len(kept[0]), max_len, kept[0].device, kept[0].dtype)
+        self.factors.append(*kept)
         self.padding = None if self.padding is None else self.padding[rows]
 
 

@@ -266,16 +266,10 @@ def held_out(subject: Subject, limit: int | None = None, progress: bool = False)
     nats = [-score / T for score, _ in log_likelihoods(subject.model, windows, progress=progress)]  # per token
     letters = sum(len(encoding.decode_bytes([t for t in y if t != encoding.eot_token])) for _, y in windows)
     loss, per_byte = statistics.fmean(nats), len(windows) * T / letters / math.log(2)
-    # Each value with its derivative by the loss, which turns the loss's standard error into its own.
-    values = {
-        "loss": (loss, 1),
-        "perplexity": (math.exp(loss), math.exp(loss)),
-        "bits_per_byte": (loss * per_byte, per_byte),
-    }
-    result = {"alias": "heldout", "sample_len": len(windows)}
-    for name, (value, derivative) in values.items():
-        result |= {f"{name},none": value, f"{name}_stderr,none": _standard_error(nats, derivative)}
-    return result
+    # Beside each value its derivative by the loss, which turns the loss's standard error into its own.
+    result = {"alias": "heldout", "sample_len": len(windows), **_metric("loss", loss, nats)}
+    result |= _metric("perplexity", math.exp(loss), nats, math.exp(loss))
+    return result | _metric("bits_per_byte", loss * per_byte, nats, per_byte)
 
 
 def _require_run(subject: Subject) -> None:
@@ -285,9 +279,13 @@ def _require_run(subject: Subject) -> None:
         )
 
 
-def _standard_error(values: Sequence[float], scale: float = 1) -> float | str:
-    """Of the mean of `scale` times the values; "N/A", as the harness has it, for a single one."""
-    return scale * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else "N/A"
+def _metric(name: str, value: float, samples: Sequence[float], scale: float = 1) -> dict:
+    """A value and its standard error, that of the mean of `scale` times the samples; for a single one "N/A".
+
+    The names are the harness's.
+    """
+    error = scale * statistics.stdev(samples) / math.sqrt(len(samples)) if len(samples) > 1 else "N/A"
+    return {f"{name},none": value, f"{name}_stderr,none": error}
 
 
 # ------------------------------------------------------------------------------------------- the lessons' questions
@@ -360,10 +358,8 @@ def answer(subject: Subject, questions: Sequence[Question], progress: bool = Fal
         per_letter = [score / len(choice.strip()) for score, choice in zip(nats, question.choices)]
         for name, values in (("acc", nats), ("acc_norm", per_letter)):
             right[name].append(float(values.index(max(values)) == question.answer))
-    result = {}
-    for name, values in right.items():
-        result |= {f"{name},none": statistics.fmean(values), f"{name}_stderr,none": _standard_error(values)}
-    return result
+    acc, acc_norm = right.values()
+    return _metric("acc", statistics.fmean(acc), acc) | _metric("acc_norm", statistics.fmean(acc_norm), acc_norm)
 
 
 # ------------------------------------------------------------------------------------------------- the harness
@@ -383,8 +379,8 @@ def _task_manager():
     return TaskManager()
 
 
-def _load_tasks(name: str) -> dict:
-    """The harness's tasks under a name, with their questions. Raises EvaluationError for what cannot be evaluated."""
+def _check_tasks(name: str) -> None:
+    """Raise EvaluationError unless the harness's tasks under a name, with their questions, can be evaluated."""
     known = _task_manager().all_tasks
     if name not in known:
         near = difflib.get_close_matches(name, [*known, *LESSONS], n=3)
@@ -404,7 +400,6 @@ def _load_tasks(name: str) -> dict:
                 f"--tasks {name}: {each} has the model write text ({task.OUTPUT_TYPE}), and only log-likelihoods are "
                 "computed here; leave it out"
             )
-    return tasks
 
 
 @contextlib.contextmanager
@@ -507,7 +502,7 @@ def task_names(tasks: str) -> list[str]:
         raise EvaluationError(f"--tasks {tasks!r}: names none; choose heldout, lessons, paper or tasks of the harness")
     for name in names:
         if name != "heldout" and name not in LESSONS:
-            _load_tasks(name)
+            _check_tasks(name)
     return names
 
 
