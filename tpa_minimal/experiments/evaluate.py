@@ -720,8 +720,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status that the module's docstring lists."""
     import tyro
 
+    from tpa_minimal.experiments.options import parse
+
     prog = "python -m tpa_minimal evaluate"
-    config = tyro.cli(EvaluateConfig, prog=prog, args=arguments, config=(tyro.conf.PositionalRequiredArgs,))
+    config = parse(EvaluateConfig, arguments, prog, config=(tyro.conf.PositionalRequiredArgs,))
     try:
         print(table(run(config)))
     except (EvaluationError, train.SettingError, data.DataError) as error:
