@@ -346,8 +346,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(undisturbed, tmp_path, monkeypat
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(TrainError, match=r"loss is (nan|inf) at step \d: --lr 1e\+30 is probably too high"):
+    with pytest.raises(
+        TrainError, match=r"(loss is (nan|inf) at|not finite after) step \d: --lr 1e\+30 is probably too"
+    ):
         run(tmp_path / "run", lr=1e30)
+    for checkpoint_folder in (tmp_path / "run").glob("checkpoint-*"):  # what is there is intact
+        for weight in safetensors.torch.load_file(checkpoint_folder / "model.safetensors").values():
+            assert weight.isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------- wrong values

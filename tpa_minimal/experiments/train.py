@@ -802,6 +802,11 @@ def run_steps(trainer: Trainer, state: dict, progress: bool, callback) -> tuple[
     out, steps, tokens = Path(s.out), s.steps, s.batch_size * s.seq_len
 
     def save():
+        if not all(p.isfinite().all() for p in trainer.model.parameters()):
+            raise DivergedError(
+                f"weights are not finite after step {state['step']}: --lr {s.lr} is probably too high; "
+                f"start again with a lower one and another --out"
+            )
         if first:
             scaler = trainer.scaler.state_dict()
             save_checkpoint(out, trainer.model, trainer.optimizer, {**state, "scaler": scaler})
