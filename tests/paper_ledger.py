@@ -312,9 +312,9 @@ LEDGER += [
 LEDGER += [
     Claim(
         "App. A, Algorithm 2",
-        "stretches of the cache attended to apart merge exactly, by rescaling to a common maximum",
+        "splits of the cache attended to apart merge exactly, by rescaling to a common maximum",
         "10_flash_decode",
-        "alg-2-stretches",
+        "alg-2-splits",
         "tests/course/checks/test_checks.py::test_right_answers_are_accepted_in_every_type",
     ),
     Claim(

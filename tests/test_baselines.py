@@ -208,7 +208,7 @@ def test_gradients_reach_every_weight(make):
 @every_baseline
 def test_a_model_starts_as_the_identity(make):
     x = torch.randn(1, 5, 12)
-    assert make(some_config())(x).abs().max() == 0  # the output matrix starts at zero, as TPA's
+    assert make(some_config())(x).abs().max() == 0  # the output projection starts at zero, as TPA's
 
 
 # --------------------------------------------------------------------------------------------------------- caches

@@ -52,7 +52,7 @@ NUMBERS = {  # cached per token, as functions of (R_K, R_V, h, d_h)
     variants.PartialRoPE: lambda k, v, h, d: (k + v) * (h + d),
 }
 THIRD_ORDER = {8: (2, 4), 6: (2, 3), 4: (2, 2), 12: (4, 3)}  # d_head -> the default d_b, d_c
-WEIGHTS = {  # of the layer, as functions of (d_model, R_Q, R_K, R_V, h, d_h); the output matrix is added below
+WEIGHTS = {  # of the layer, as functions of (d_model, R_Q, R_K, R_V, h, d_h); the output projection is added below
     variants.KeyValueOnly: lambda m, q, k, v, h, d: m * (k + v) * (h + d) + m * h * d,
     variants.FixedHeadFactors: lambda m, q, k, v, h, d: (q + k + v) * (m * d + h),
     variants.FixedFeatureFactors: lambda m, q, k, v, h, d: (q + k + v) * (m * h + d),
@@ -83,7 +83,7 @@ def test_cached_equals_uncached_and_bytes_equal_the_formula(attention, case):
 
 
 @pytest.mark.parametrize("attention", NUMBERS)
-def test_a_variant_in_the_trunk_generates_the_same_with_and_without_its_cache(attention):
+def test_a_variant_in_the_backbone_generates_the_same_with_and_without_its_cache(attention):
     model = T6(config(), attention=attention)
     for block in model.blocks:
         torch.nn.init.normal_(block.attention.out_proj.weight)

@@ -87,7 +87,7 @@ class Layer:
 
     @property
     def parameters(self) -> int:
-        """Weights of the layer, output matrix included (Table 1)."""
+        """Weights of the layer, output projection included (Table 1)."""
         d, h, d_h = self.d_model, self.n_head, self.d_head
         ranks_kv = self.rank_k + self.rank_v
         ranks = self.rank_q + ranks_kv

@@ -570,7 +570,7 @@ print(f"{numbers[1] / numbers[0]:.1f} times")
 #
 # ### Exercise 07.1 · A budget for another layer (★★☆, 10 minutes)
 # A variant of TPA shares the feature factors of keys and values: B_K = B_V before the rotation, so only one of the two
-# is computed, and R_K = R_V = R (head factors stay separate; queries and output matrix are as in TPA). How many heads
+# is computed, and R_K = R_V = R (head factors stay separate; queries and output projection are as in TPA). How many heads
 # give this layer the 4·d_model² weights of MHA? Return the nearest whole number. Write down its weights first.
 #
 # <details><summary>Hint 1</summary>
@@ -690,7 +690,7 @@ def moved_by_the_first_step() -> set[str]:
 def moved_by_the_first_step() -> set[str]:
     # The gradient of a matrix W in W·z needs z; what lies before W is reached only through W.
     # out_proj and down_proj read something that is not zero, so they move; being zero, they let nothing past.
-    # The embedding is reached along the residual stream and as output matrix. From step two on everything moves.
+    # The embedding is reached along the residual stream and as output layer. From step two on everything moves.
     return {"embedding", "out_proj", "down_proj"}
 
 

@@ -165,7 +165,7 @@ m, s, y = (torch.stack(part) for part in zip(*parts))  # (3, h), (3, h), (3, h, 
 #
 # In words: every split's own output $y_i / s_i$ is weighed by the share of the whole softmax that fell into it.
 
-# %% claim="alg-2-stretches"
+# %% claim="alg-2-splits"
 shrink = torch.exp2(m - m.amax(0))
 merged = (shrink[..., None] * y).sum(0) / (shrink * s).sum(0)[:, None]
 whole = torch.einsum("mh,mhd->hd", (scores * math.log(2)).softmax(0), v)
@@ -478,25 +478,25 @@ for name in names:
 #
 # ## Exercises
 #
-# ### Exercise 10.1 · Merge any stretches (★★☆, 10 minutes)
-# Return the output (h, d_h) from $m$ and $s$ (stretches, h) and $y$ (stretches, h, d_h), with logits in powers of 2. A
-# stretch may be **empty**: its $m$ is $-\infty$, its $s$ and $y$ are 0. At least one is not empty.
+# ### Exercise 10.1 · Merge any splits (★★☆, 10 minutes)
+# Return the output (h, d_h) from $m$ and $s$ (splits, h) and $y$ (splits, h, d_h), with logits in powers of 2. A
+# split may be **empty**: its $m$ is $-\infty$, its $s$ and $y$ are 0. At least one is not empty.
 #
 # <details><summary>Hint 1</summary>
 #
-# As in exercise 06.1, but for any number of stretches, and with powers of 2.
+# As in exercise 06.1, but for any number of splits, and with powers of 2.
 #
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
-# `shrink = torch.exp2(m - m.amax(0))` is 0 for an empty stretch.
+# `shrink = torch.exp2(m - m.amax(0))` is 0 for an empty split.
 #
 # </details>
 #
 # <details><summary>Hint 3</summary>
 #
-# Add up the rescaled $y$ and the rescaled $s$ over the stretches, and divide at the very end.
+# Add up the rescaled $y$ and the rescaled $s$ over the splits, and divide at the very end.
 #
 # </details>
 
@@ -508,7 +508,7 @@ def merge(m, s, y):
 
 # %% tags=["solution"]
 def merge(m, s, y):
-    shrink = torch.exp2(m - m.amax(0))  # 0 for an empty stretch
+    shrink = torch.exp2(m - m.amax(0))  # 0 for an empty split
     return (shrink[..., None] * y).sum(0) / (shrink * s).sum(0)[:, None]
 
 
@@ -569,8 +569,8 @@ checks.ex10_2(least_ms)
 # ### Exercise 10.3 · True or false? (★★☆, 10 minutes)
 # Replace each `...` by True or False.
 #
-# - **a** With 64 sequences in the batch, splitting the cache over stretches matters more than with one.
-# - **b** Cutting the cache into more stretches changes the result by no more than rounding.
+# - **a** With 64 sequences in the batch, splitting the cache over splits matters more than with one.
+# - **b** Cutting the cache into more splits changes the result by no more than rounding.
 # - **c** If the mask's logit for positions beyond the end were 0 instead of −∞, results would change even if all factors
 #   there are loaded as 0.
 # - **d** Doubling R_Q doubles the time to decode against a long cache.

@@ -23,6 +23,7 @@ MAIN = ("mha", "mqa", "gqa", "mla", "tpa", "tpa-kv-only")
 @pytest.fixture
 def shown(monkeypatch):
     """What a cell displays, in order."""
+    plt.close("all")  # what another file's tests left open
     found = []
     monkeypatch.setattr(looks, "display", lambda thing, raw=False: found.append(thing))
     yield found

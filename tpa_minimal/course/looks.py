@@ -258,7 +258,7 @@ GPUS = {
 
 
 def tokens_text(tokens: float) -> str:
-    """A number of tokens as people say it: 512, 8k, 128k, 1M; in units of 1,024."""
+    """A number of tokens in human-readable form: 512, 8k, 128k, 1M; in units of 1,024."""
     if tokens == math.inf:
         return "any"
     for unit, letter in ((2**20, "M"), (2**10, "k")):

@@ -133,7 +133,7 @@ def ex07_3(attempt):
         raise WrongAnswer(f"return a set of names among {', '.join(names)}")
     down = "its gradient comes back through down_proj, which is zero"
     itself = "it is zero itself, but what it multiplies is not, and that is what its gradient is made of"
-    stream = "it is the output matrix too, and it is reached along the residual stream, where nothing is zero"
+    stream = "it is the output layer too, and it is reached along the residual stream, where nothing is zero"
     key = {
         "embedding": (True, f"it does move: {stream}"),
         "factor_proj": (False, "it does not move: its gradient comes back through out_proj, which is zero"),

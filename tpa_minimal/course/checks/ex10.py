@@ -9,7 +9,7 @@ from tpa_minimal.course.checks.judging import exercise, judge, judge_choices, no
 
 @exercise
 def ex10_1(attempt):
-    """Rescale each stretch to the common maximum; an empty stretch weighs nothing."""
+    """Rescale each split to the common maximum; an empty split weighs nothing."""
     cases = []
     for n, M, h, d_h, empty in ((4, 50, 3, 5, ()), (4, 50, 3, 5, (1,)), (2, 9, 2, 4, (0,)), (1, 7, 5, 2, ())):
         logits, v = 3 * normal(n, M, h, seed=n) + 2000, normal(n, M, h, d_h, seed=n + 9)  # 2^2000 overflows
@@ -34,24 +34,24 @@ def ex10_1(attempt):
         cases,
         [
             (lambda m, s, y: right(m, s, y, for_y=False, for_s=False),
-             "the stretches had different maxima: before adding, multiply s and y by 2^(m_i - m)"),
+             "the splits had different maxima: before adding, multiply s and y by 2^(m_i - m)"),
             (lambda m, s, y: right(m, s, y, power=torch.exp), "logits are in powers of 2 here: exp2, not exp"),
             (lambda m, s, y: right(m, s, y, for_s=False), "y is rescaled and s is not"),
             (lambda m, s, y: right(m, s, y, for_y=False), "s is rescaled and y is not"),
             (lambda m, s, y: outputs(s, y).mean(0),
-             "a mean of the stretches' outputs: each must weigh as much as the share of the softmax that fell into it"),
+             "a mean of the splits' outputs: each must weigh as much as the share of the softmax that fell into it"),
             (lambda m, s, y: ((s / s.sum(0))[..., None] * outputs(s, y)).sum(0),
-             "weighed by s alone: that forgets how large each stretch's logits were"),
+             "weighed by s alone: that forgets how large each split's logits were"),
             (lambda m, s, y: (shrinks(m)[..., None] * outputs(s, y)).sum(0) / shrinks(m).sum(0)[:, None],
-             "weighed by 2^(m_i - m) alone: a stretch's share of the softmax is 2^(m_i - m) s_i"),
+             "weighed by 2^(m_i - m) alone: a split's share of the softmax is 2^(m_i - m) s_i"),
             (lambda m, s, y: (shrinks(m)[..., None] * y).sum(0), "not divided by the merged sum"),
             (lambda m, s, y: right(m, s, y, power=lambda x: torch.exp2(-x)),
              "wrong way round: the factor is 2^(m_i - m), which is at most 1"),
             (lambda m, s, y: right(m, s, s[..., None] * (y / s[..., None])),
-             "each stretch is divided by its own s, and an empty one by 0: add first, divide at the end"),
+             "each split is divided by its own s, and an empty one by 0: add first, divide at the end"),
         ],
-        "subtract the largest m before taking powers, never divide by an empty stretch's s, and try with two "
-        "stretches of "
+        "subtract the largest m before taking powers, never divide by an empty split's s, and try with two "
+        "splits of "
         "one position each",
     )  # fmt: skip
 
