@@ -1,9 +1,16 @@
 """Fixtures that several test files share."""
 
+import signal
+import threading
+
 import pytest
 import torch
 
 import tpa_minimal.tpa
+
+# A shell that starts the tests in the background has Ctrl-C ignored, by them and by all that they start.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
