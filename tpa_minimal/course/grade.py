@@ -39,6 +39,7 @@ import tyro
 
 from tpa_minimal.course import checks
 from tpa_minimal.course.checks.judging import is_stub
+from tpa_minimal.experiments.options import parse
 from tpa_minimal.files import FileError, read_json, write_whole
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -642,7 +643,7 @@ def grade(settings: Settings) -> Gradebook:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line: marks, writes the table, prints the summary. Input that cannot be marked ends with status 2."""
-    settings = tyro.cli(Settings, args=arguments, prog="tpa-minimal grade")
+    settings = parse(Settings, arguments, "python -m tpa_minimal grade")
     try:
         if not hasattr(os, "fork"):
             raise ValueError("grade: needs Linux or macOS, whose processes can be limited; use WSL on Windows")

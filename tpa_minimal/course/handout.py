@@ -16,6 +16,7 @@ from typing import Annotated
 
 import tyro
 
+from tpa_minimal.experiments.options import parse
 from tpa_minimal.files import read_json
 
 LINK = re.compile(r"(?<!!)\[([^\]\[]+)\]\((?!https?:|mailto:|data:|attachment:)([^)\s]+)\)")
@@ -109,7 +110,7 @@ def build_wheel(into: Path) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line: makes the folder and lists it. Where it cannot be made, the status is 2."""
-    settings = tyro.cli(Settings, args=arguments, prog="tpa-minimal handout")
+    settings = parse(Settings, arguments, "python -m tpa_minimal handout")
     try:
         files = hand_out(settings.folder.expanduser())
     except (ValueError, OSError) as error:

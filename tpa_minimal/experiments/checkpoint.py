@@ -8,7 +8,6 @@ and nothing that it says about itself is believed: sums, names, shapes and dtype
 """
 
 import contextlib
-import hashlib
 import math
 import os
 import re
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tpa_minimal import huggingface
+from tpa_minimal.experiments.sources import sha256
 from tpa_minimal.files import FileError, read_json, write_json
 from tpa_minimal.tpa import T6
 
@@ -109,7 +109,7 @@ def _write(target: Path, model: T6, optimizer: torch.optim.Optimizer, state: dic
         except ValueError:  # a layer of the user's own: its name is in state.json alone
             save_file(model.state_dict(), temporary / WEIGHTS)
         save_file(training, temporary / TRAINING)
-        sums = {path.name: _sha256(path) for path in temporary.iterdir()}
+        sums = {path.name: sha256(path) for path in temporary.iterdir()}
         write_json(temporary / STATE, {**state, "updates": updates, "sums": sums})
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
@@ -118,14 +118,6 @@ def _write(target: Path, model: T6, optimizer: torch.optim.Optimizer, state: dic
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(target.parent)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        total = hashlib.sha256()
-        while block := file.read(2**20):
-            total.update(block)
-    return total.hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -166,7 +158,7 @@ def read_state(checkpoint: Path) -> dict:
         raise SettingError(f"{checkpoint}: state.json cannot be read ({error}); {REMEDY}") from error
     for name in (WEIGHTS, TRAINING, *(("config.json",) if "config.json" in state["sums"] else ())):
         try:
-            same = _sha256(checkpoint / name) == state["sums"].get(name)
+            same = sha256(checkpoint / name) == state["sums"].get(name)
         except OSError as error:
             raise SettingError(f"{checkpoint / name}: cannot be read ({error}); {REMEDY}") from error
         if not same:

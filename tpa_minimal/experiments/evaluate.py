@@ -677,14 +677,7 @@ def run(config: EvaluateConfig) -> dict:
 
     Raises EvaluationError, train.SettingError or data.DataError for what cannot be done, OSError on writing.
     """
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(device):
-        raise EvaluationError(
-            f"--device {device}: PyTorch finds none here; choose {', '.join(k for k in available if available[k])}"
-        )
+    device = train.find_device(config.device)
     out = config.out or Path(config.run if Path(config.run).is_dir() else ".", "evaluation.json")
     if not out.parent.is_dir() or out.is_dir():
         raise EvaluationError(f"--out {out}: is a folder, or in none that exists; name a file in one that does")
