@@ -141,8 +141,11 @@ _KINDS = {  # of what state.json must hold
 }
 
 
-def read_state(checkpoint: Path) -> dict:
-    """A checkpoint's state.json. Raises SettingError unless it is complete and the other files have its sums."""
+def read_state(checkpoint: Path, check_sums: bool = True) -> dict:
+    """A checkpoint's state.json. Raises SettingError unless it is complete and the other files have its sums.
+
+    check_sums: reading all of a large checkpoint takes a while, so whoever needs its settings alone can do without.
+    """
     try:
         state = read_json(checkpoint / STATE)
         if not isinstance(state, dict):
@@ -156,7 +159,9 @@ def read_state(checkpoint: Path) -> dict:
             raise ValueError(f"updates {state['updates']}, seconds {state['seconds']}")
     except (OSError, FileError, ValueError) as error:
         raise SettingError(f"{checkpoint}: state.json cannot be read ({error}); {REMEDY}") from error
-    for name in (WEIGHTS, TRAINING, *(("config.json",) if "config.json" in state["sums"] else ())):
+    for name in (
+        (WEIGHTS, TRAINING, *(("config.json",) if "config.json" in state["sums"] else ())) if check_sums else ()
+    ):
         try:
             same = sha256(checkpoint / name) == state["sums"].get(name)
         except OSError as error:

@@ -198,7 +198,7 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
         if out.resolve().is_relative_to(given["data"]) and Path(given["data"]).is_dir():
             remedy = "the run's own files would become data; choose an --out elsewhere"
             raise SettingError(f"--out {out}: lies inside --data {given['data']}, so {remedy}")
-    own = own_settings(checkpoint, read_state(checkpoint)) if checkpoint else {}
+    own = own_settings(checkpoint, read_state(checkpoint, check_sums=False)) if checkpoint else {}
     if ":" in own.get("attention", "") and config.attention is None:  # a file does not choose what is imported
         raise SettingError(f"--attention: the run in {out} has a layer of its own; add --attention {own['attention']}")
     for name, value in given.items():
