@@ -7,7 +7,7 @@ TWO_CORES := OMP_NUM_THREADS=1
 # The notebooks run as they do without a network, whatever this machine has.
 NBVAL := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=120
 
-.PHONY: help setup demo test handout lab work book notebooks stamp lint
+.PHONY: help setup demo test handout lab work book slides notebooks stamp lint
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ work:
 
 book: setup  ## a site of notebooks, guide and module in _build/html, to be read without a network
 	$(BIN)/jupyter-book build notebooks --path-output . -W --keep-going
+
+slides: setup  ## the 90-minute lecture in _build/slides: a page for a browser without a network, and a PDF
+	$(BIN)/python notebooks/slides.py
 
 handout: setup  ## what students get, in handout/: notebooks, a wheel, an environment
 	$(BIN)/python -m tpa_minimal handout handout
