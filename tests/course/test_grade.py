@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -11,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from tpa_minimal.course.grade import Settings, decode, encode, exercises, grade, main
+from tpa_minimal.course import checks
+from tpa_minimal.course.checks import judging
+from tpa_minimal.course.grade import Exercise, Settings, decode, encode, exercises, grade, main, verdict
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "notebooks"))
 import build  # noqa: E402
@@ -73,6 +77,23 @@ FORGED = {
     "def numbers_cached_by_mha(n_head, d_head):\n    return Any(7)",
     "writes_to_the_marker": "import os\nfor d in range(99):\n    try: open(f'/proc/{os.getppid()}/fd/{d}', 'w').write("
     "'[0, [[\"ex00_1\", \"ok\", \"\"]]]\\n')\n    except Exception: pass\n" + WRONG,
+    "patches_the_checkers_it_finds": "import gc, types\nfor thing in gc.get_objects():\n"
+    "    if isinstance(thing, types.FunctionType) and thing.__name__ in ('ex00_1', 'run', 'agree', 'judge'):\n"
+    "        try: thing.__code__ = (lambda *a, **k: 'ok').__code__\n        except ValueError: pass\n" + WRONG,
+    "patches_the_frames_above": "import sys\nframe = sys._getframe()\nwhile frame:\n"
+    "    frame.f_globals.update(STATUSES=('ok',), verdict=lambda *a: ('ok', ''))\n    frame = frame.f_back\n" + WRONG,
+    "replaces_modules": f"import sys, types\nfor name in list(sys.modules):\n    if name.startswith({HERE!r}):\n"
+    "        sys.modules[name] = types.SimpleNamespace(ex00_1=lambda f: 'ok')\n" + WRONG,
+    "starts_processes": "import os, multiprocessing, subprocess\n"
+    "for start in (os.fork, multiprocessing.Process().start,"
+    " lambda: subprocess.Popen(['true']), lambda: os.posix_spawn('/bin/true', ['true'], {})):\n"
+    "    try: start()\n    except PermissionError: pass\n" + WRONG,
+    "leaves_a_thread": "import threading\ndef spin():\n    while True: pass\n"
+    "threading.Thread(target=spin).start()\n" + WRONG,
+    "prints_look_alikes": "print('\uff3bok\uff3d ex00_1', '[\u03bfk] ex00_1', '\u202e]ko[')\n" + WRONG,
+    "raises_look_alikes": WRONG.replace("return", "raise ValueError('\u202e=HYPERLINK(1)\\n[ok] ex00_1'); return"),
+    "returns_a_deep_list": WRONG.replace("return", "x = []\n    for _ in range(10**5): x = [x]\n    return x;"),
+    "is_right_once": "calls = []\n" + WRONG.replace("return", "calls.append(1); return (3 - min(len(calls), 2)) *"),
     "kills_the_marker": "import os\ntry: os.kill(os.getppid(), 9)\nexcept PermissionError: pass\n" + WRONG,
 }  # fmt: skip
 # Attempts after which nothing is left to judge.
@@ -86,6 +107,15 @@ ENDED = {
     "loops_when_called": RIGHT.replace("return", "\n    while True:\n        pass\n    return"),
     "sleeps_and_catches": "import time\nwhile True:\n    try: time.sleep(9)\n    except BaseException: pass\n" + RIGHT,
     "memory": RIGHT.replace("return", "x = bytearray(2**36); return"),
+    "replaces_builtins": "import builtins\nbuiltins.isinstance = builtins.len = lambda *a: True\n"
+    "builtins.Exception = BaseException\n" + WRONG,
+    "answers_the_next_calls_too": "import os\n" + WRONG.replace("return", "os.write(3, b'{\"kind\": "
+    "\"value\", \"changed\": [], \"value\": {\"kind\": \"int\", \"value\": \"0x1\"}}\\n'); return"),
+    "sleeps_when_called": RIGHT.replace("return", "__import__('time').sleep(99); return"),
+    "memory_in_pieces": "kept = [bytearray(2**20) for _ in range(2**16)]\n" + RIGHT,
+    "returns_a_flood": RIGHT.replace("return", "return 'x' * 2**27 or"),
+    "closes_the_socket": "import os\nos.closerange(3, 9)\n" + RIGHT,
+    "makes_a_link": "import os\nos.symlink('/etc/passwd', 'left')\n" + RIGHT,
     "syntax": "def numbers_cached_by_mha(n_head, d_head:\n    return",
     "other_name": "def cached(n_head, d_head):\n    return 2 * n_head * d_head",
 }  # fmt: skip
@@ -144,6 +174,7 @@ def test_an_answer_reaches_neither_the_files_nor_the_network_nor_other_processes
         "writes": f"open({str(tmp_path / 'left')!r}, 'w').write('x')",
         "deletes": f"os.remove({str(tmp_path / 'kept')!r})",
         "connects": "socket.create_connection(('127.0.0.1', 9))",
+        "grades": f"open({str(tmp_path / 'grades.csv')!r}, 'a').write('eve,00_start_here,ex00_1,ok,,-')",
         "starts": f"subprocess.run(['touch', {str(tmp_path / 'left')!r}])",
     }
     (tmp_path / "kept").write_text("kept")
@@ -211,3 +242,77 @@ def test_the_courses_own_solutions_are_right_and_its_stubs_are_todo(tmp_path, nu
     found = {(row["student"], row["status"]) for rows in book.rows.values() for row in rows}
     assert found == {("ada", "ok"), ("bob", "todo")}
     assert len(exercises(tmp_path / "ours" / f"{source.stem}.ipynb")) * 2 == sum(map(len, book.rows.values()))
+
+
+def test_files_that_are_no_plain_notebooks_are_rows_of_their_own(marked, tmp_path):
+    folder = tmp_path / "class"
+    submissions = {"sound": with_answer(RIGHT), "large": notebook(code(RIGHT, "exercise"), code("x = 1\n" * 2**18))}
+    submissions["many"] = notebook(*[code("")] * 100_000, code(RIGHT, "exercise"))
+    submissions["deep"] = with_answer(RIGHT).replace('"metadata": {}', '"metadata": ' + "[" * 10**5 + "]" * 10**5)
+    for name in ("linked", "endless", "broken", "pipe", "folder"):
+        (folder / name).mkdir(parents=True)
+    (folder / "linked" / "00_start_here.ipynb").symlink_to(folder / "sound" / "00_start_here.ipynb")
+    (folder / "endless" / "00_start_here.ipynb").symlink_to("/dev/zero")
+    (folder / "broken" / "00_start_here.ipynb").symlink_to("nowhere")
+    (folder / "folder" / "00_start_here.ipynb").mkdir()
+    os.mkfifo(folder / "pipe" / "00_start_here.ipynb")
+    got = marked(submissions)
+    assert got.pop("sound") == got.pop("many") == ("ok", "")
+    assert {status for status, _ in got.values()} == {"did not run"} and len(got) == 7
+    for name in ("linked", "endless", "broken", "pipe", "folder"):
+        assert got[name][1] == "00_start_here.ipynb: is not a plain file; hand in the notebook itself"
+    assert "characters of code" in got["large"][1]
+
+
+def test_what_a_diagnosis_holds_is_shown_as_plain_text(marked):
+    reply = json.dumps({"kind": "did not run", "message": "=HYPERLINK('x')\u202e\n\x1b[2J"}).encode() + b"\n"
+    answer = f"import os\nos.write(3, {reply!r})\n{RIGHT}"
+    status, said = marked({"eve": with_answer(answer)})["eve"]
+    assert status == "did not run" and said.isprintable() and said.startswith("HYPERLINK")
+
+
+CLASS = """
+class Doubled(torch.nn.Linear):
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out)
+        self.factor = {factor}
+
+    def forward(self, x):
+        return self.factor * super().forward(x)
+"""
+
+
+@pytest.mark.parametrize(
+    "factor, status", [("2", "ok"), ("3", "fail"), ("torch.nn.Parameter(torch.ones(1))", "did not run")]
+)
+def test_a_class_with_an_init_of_its_own_is_marked_too(monkeypatch, factor, status):
+    @judging.exercise
+    def ex00_1(attempt):
+        layer, x = attempt(3, 2), torch.ones(1, 3)
+        if not judging.agree(layer(x), 2 * torch.nn.functional.linear(x, layer.weight, layer.bias)):
+            raise judging.WrongAnswer("not doubled")
+
+    monkeypatch.setattr(checks.ex00, "ex00_1", ex00_1)
+    stub = "class Doubled(torch.nn.Linear):\n    def forward(self, x):\n        raise NotImplementedError"
+    exercise = Exercise("ex00_1", "Doubled", stub, ())
+    namespace = {"torch": torch, "__name__": "__main__"}
+    got = verdict(exercise, [(True, CLASS.format(factor=factor))], namespace, Settings(Path(), seconds=20))
+    assert got[0] == status, got
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_time_limit_that_a_callback_swallows_comes_back(monkeypatch):
+    @judging.exercise
+    def ex00_1(attempt):
+        class Swallows:
+            def __del__(self):  # Python drops what is raised here
+                time.sleep(1.5)
+
+        Swallows()
+        time.sleep(30)
+
+    monkeypatch.setattr(checks.ex00, "ex00_1", ex00_1)
+    begin = time.monotonic()
+    exercise = Exercise("ex00_1", "f", "def f(): pass", ())
+    got = verdict(exercise, [(True, "def f(): return 1")], {}, Settings(Path(), seconds=1))
+    assert got[0] == "did not run" and "not finished after 1 s" in got[1] and time.monotonic() - begin < 20

@@ -2,7 +2,7 @@
 
 Of a submitted notebook only the answers count. The trusted process of a notebook defines what the project's own
 notebook defines and calls the package's checkers; it never runs a student's line. Whenever a checker calls the answer,
-a child process defines it and makes that one call, with limits on time and memory, without a network and without
+a child process defines it and makes the call, with limits on time and memory, without a network and without
 writing, and what comes back is data, such as numbers and tensors, never code. So a submission can bring about nothing
 but its own answers. Python cannot hold back native code that sets out to break it: mark strangers' work on a machine
 that holds nothing else.
@@ -23,6 +23,8 @@ import re
 import resource
 import shutil
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -47,7 +49,10 @@ COLUMNS = ("student", "notebook", "exercise", "status", "diagnosis", "key")
 STATUSES = ("ok", "fail", "todo", "did not run")
 CALL = re.compile(r"checks\.(ex\d\d_\d+)\((\w+)\)")
 NAME = re.compile(r"(?:(?P<student>.*?)[_\- ]+)??(?P<number>\d\d)_\w")
+LARGEST_NOTEBOOK = 2**24  # bytes
+LARGEST_CODE = 2**20  # characters of a notebook's code cells
 LARGEST_ANSWER = 2**26  # bytes that a child may send back for one call
+TO_THE_MARKER = 3  # a child's descriptor
 FORBIDDEN = re.compile(
     r"subprocess\.|shutil\.|socket\.|ctypes\.|pty\.|signal\.pthread_kill|"
     r"os\.(remove|rename|rmdir|mkdir|truncate|link|symlink|chmod|chown|kill|fork|exec|posix_spawn|spawn|system)"
@@ -91,7 +96,9 @@ class DidNotRun(BaseException):
 
 def code_cells(path: Path) -> list[tuple[bool, str]]:
     """(tagged `exercise`, source) of a notebook's code cells; raises FileError for what is not a notebook."""
-    notebook = read_json(path)
+    if not stat.S_ISREG(path.lstat().st_mode):  # a link could lead to anybody's answers, a pipe never ends
+        raise FileError(f"{path.name}: is not a plain file; hand in the notebook itself")
+    notebook = read_json(path, LARGEST_NOTEBOOK)
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
     if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
         raise FileError(f"{path.name}: is not a notebook of format 4: it has no list of cells")
@@ -102,6 +109,8 @@ def code_cells(path: Path) -> list[tuple[bool, str]]:
         tags = metadata.get("tags") if isinstance(metadata, dict) else None
         if cell.get("cell_type") == "code" and all(isinstance(line, str) for line in source):
             found.append((isinstance(tags, list) and "exercise" in tags, "".join(source)))
+    if sum(len(source) for _, source in found) > LARGEST_CODE:
+        raise FileError(f"{path.name}: holds more than {LARGEST_CODE:,} characters of code")
     return found
 
 
@@ -206,6 +215,18 @@ def encode(value, known: list, depth: int = 0):
     return {"kind": "foreign", "value": type(value).__name__[:40]}
 
 
+def can_be_sent(value) -> bool:
+    """Whether `decode(encode(value))` is the same value of the same type, with tensors of the same memory layout."""
+    if type(value) in (list, tuple, set, frozenset):
+        return all(map(can_be_sent, value))
+    if type(value) is dict:
+        return all(map(can_be_sent, (*value, *value.values())))
+    if type(value) is torch.Tensor:
+        whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        return whole and value.is_contiguous() and not value.requires_grad
+    return value is None or value is ... or type(value) in (bool, str, int, float)
+
+
 def decode(value, known: list):
     """The value that `encode` wrote; raises an Exception of any kind for what it cannot have written."""
     if not isinstance(value, dict):
@@ -265,18 +286,74 @@ def confine(memory: int, seconds: float) -> None:
     sys.addaudithook(watch)
 
 
+class Child:
+    """A confined process that does `work`; its descriptor TO_THE_MARKER is one end of a socket, `socket` the other."""
+
+    def __init__(self, work, settings: Settings):
+        self.socket, theirs = socket.socketpair()
+        self.status = None
+        self.number = os.fork()
+        if self.number == 0:
+            with contextlib.suppress(BaseException):
+                os.setsid()
+                nothing = os.open(os.devnull, os.O_RDWR)
+                for descriptor in (0, 1, 2):
+                    os.dup2(nothing, descriptor)
+                os.dup2(theirs.fileno(), TO_THE_MARKER)
+                os.closerange(TO_THE_MARKER + 1, 4096)
+                confine(int(settings.memory_gb * 2**30), settings.seconds)
+                work()
+            os._exit(0)
+        theirs.close()
+
+    def reply(self, request=None) -> bytes:
+        """The next line that the process writes, after a request as a line of JSON; less than a line if it ended."""
+        line = bytearray()
+        with contextlib.suppress(OSError):  # it is gone
+            if request is not None:
+                self.socket.sendall(json.dumps(request).encode() + b"\n")
+            while not line.endswith(b"\n") and len(line) <= LARGEST_ANSWER and (piece := self.socket.recv(2**20)):
+                line += piece
+        return bytes(line)
+
+    def end(self) -> int:
+        """End the process and all that it started; returns its status as `os.waitpid` does."""
+        if self.status is None:
+            for end in (os.killpg, os.kill):  # before its setsid the child has no group of its own
+                with contextlib.suppress(OSError):
+                    end(self.number, signal.SIGKILL)
+            self.status = os.waitpid(self.number, 0)[1]
+            self.socket.close()
+        return self.status
+
+
+def write_line(reply: dict) -> None:
+    """In a child: send a reply to the process that marks."""
+    data = json.dumps(reply).encode() + b"\n"
+    while data:
+        data = data[os.write(TO_THE_MARKER, data) :]
+
+
 @dataclass
 class Answer:
-    """A student's answer to one exercise, which the trusted process never runs; every call has its own process."""
+    """A student's answer to one exercise, which the trusted process never runs.
+
+    One child process serves the calls whose arguments can be sent as data; every other call, say with a function or a
+    model, has a child of its own, forked with its arguments.
+    """
 
     exercise: Exercise
     statements: list[ast.stmt]
     helpers: list[ast.stmt]  # what other cells define and the trusted notebook does not
     namespace: dict
     settings: Settings
+    server: Child | None = None
+    found: object = None
 
     def defined(self):
-        """The object that the answer defines. Called in a child only: this runs the student's code."""
+        """The object that the answer defines. Called in a child only: this runs the student's code, once."""
+        if self.found is not None:
+            return self.found
         for node in self.helpers:
             with contextlib.suppress(Exception):
                 run([node], self.namespace, "<answer>")
@@ -286,7 +363,8 @@ class Answer:
             raise DidNotRun(f"the cell does not run: {type(error).__name__}: {first_line(error)}") from error
         if self.exercise.name not in self.namespace:
             raise DidNotRun(f"the cell does not define `{self.exercise.name}` where it is looked for: at its top level")
-        return self.namespace[self.exercise.name]
+        self.found = self.namespace[self.exercise.name]
+        return self.found
 
     def ask(self, question, arguments=(), options=None):
         """`question(answer, *arguments, **options)` computed in a child process, with changed arguments copied back.
@@ -295,31 +373,33 @@ class Answer:
         """
         options = options or {}
         known = tensors_in([*arguments, options])
-        receive, send = os.pipe()
-        child = os.fork()
-        if child == 0:
-            with contextlib.suppress(BaseException):
-                self._reply(send, question, arguments, options, known)
-            os._exit(0)
-        os.close(send)
-        text = bytearray()
+        apart = len({tensor.data_ptr() for tensor in known}) == len(known)  # none is a view of another
+        if question is _call and apart and can_be_sent([*arguments, options]):
+            if self.server is None:
+                self.server = Child(self._serve_calls, self.settings)
+            return self._understood(self.server, self.server.reply(encode([list(arguments), options], [])), known)
+        child = Child(lambda: write_line(self._reply_to(question, arguments, options, known)), self.settings)
         try:
-            while len(text) <= LARGEST_ANSWER and (piece := os.read(receive, 2**20)):
-                text += piece
+            return self._understood(child, child.reply(), known)
         finally:
-            os.close(receive)
-            for end in (os.killpg, os.kill):  # before its setsid the child has no group of its own
-                with contextlib.suppress(OSError):
-                    end(child, signal.SIGKILL)
-            status = os.waitpid(child, 0)[1]
+            child.end()
+
+    def end(self) -> None:
+        """End the child that serves calls, if there is one."""
+        if self.server is not None:
+            self.server.end()
+
+    def _understood(self, child, line: bytes, known: list):
+        """The value in a child's reply; raises what `ask` says."""
         try:
-            reply = json.loads(text)
+            reply = json.loads(line)
             kind, message = reply["kind"], str(reply.get("message", ""))
             if kind == "value":
                 for i, new in reply["changed"]:
                     known[i].detach().copy_(decode(new, []))
                 return decode(reply["value"], known)
         except Exception:  # whatever the student's process wrote instead
+            status = child.end()
             ended = f"by signal {status & 127}" if status & 127 else f"with code {status >> 8}"
             raise DidNotRun(f"your code ended its process ({ended}), or what it returned is too large") from None
         if kind == "stub":
@@ -328,38 +408,33 @@ class Answer:
             raise as_exception(str(reply.get("name")), message)
         raise DidNotRun(message)
 
-    def _reply(self, send, question, arguments, options, known):
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        os.setsid()
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):
-            os.dup2(nothing, descriptor)
-        os.dup2(send, 3)
-        os.closerange(4, 4096)
-        confine(int(self.settings.memory_gb * 2**30), self.settings.seconds)
+    def _serve_calls(self) -> None:
+        with open(TO_THE_MARKER, "rb", closefd=False) as requests:
+            for line in requests:
+                arguments, options = decode(json.loads(line), [])
+                write_line(self._reply_to(_call, arguments, options, tensors_in([*arguments, options])))
+
+    def _reply_to(self, question, arguments, options, known: list) -> dict:
+        """In the child: the reply to one question, as data."""
         attempt = None
         try:
             before = [tensor.detach().clone() for tensor in known]
             attempt = self.defined()
             value = encode(question(attempt, *arguments, **options), known)
             changed = [i for i, old in enumerate(before) if not torch.equal(old, known[i].detach())]
-            reply = {"kind": "value", "value": value, "changed": [[i, encode(known[i], [])] for i in changed]}
+            return {"kind": "value", "value": value, "changed": [[i, encode(known[i], [])] for i in changed]}
         except DidNotRun as error:
-            reply = {"kind": "did not run", "message": str(error)}
+            return {"kind": "did not run", "message": str(error)}
         except Exception as error:
             message = first_line(error)
             if isinstance(error, MemoryError) or "can't allocate memory" in message:
                 limit = f"your code needs more than {self.settings.memory_gb:g} GB of memory"
-                reply = {"kind": "did not run", "message": limit}
-            elif is_stub(error, attempt):
-                reply = {"kind": "stub"}
-            else:
-                reply = {"kind": "raised", "name": type(error).__name__, "message": message}
+                return {"kind": "did not run", "message": limit}
+            if is_stub(error, attempt):
+                return {"kind": "stub"}
+            return {"kind": "raised", "name": type(error).__name__, "message": message}
         except BaseException as error:
-            reply = {"kind": "did not run", "message": f"your code ended with {type(error).__name__}"}
-        data = json.dumps(reply).encode()
-        while data:
-            data = data[os.write(3, data) :]
+            return {"kind": "did not run", "message": f"your code ended with {type(error).__name__}"}
 
     def stand_in(self):
         """What the trusted checker gets: a function, or a class, whose calls are made in child processes."""
@@ -372,16 +447,21 @@ class Answer:
         kind, methods = self.ask(lambda answer: _anatomy(answer, base))
         if kind != "subclass":
             return lambda *arguments, **options: Foreign()
-        unfit = sorted({"__init__", "__new__", "__call__", "__getattr__", "__setattr__"} & set(methods))
+        unfit = sorted({"__new__", "__call__", "__getattr__", "__setattr__"} & set(methods))
         if unfit:
             raise DidNotRun(
                 f"your class replaces {unfit[0]}, which the exercise does not ask for: have it marked by hand"
             )
-        members = {str(name): self._method(str(name)) for name in methods}
+        members = {str(name): self._method(str(name)) for name in methods if name != "__init__"}
+        if "__init__" in methods:
+            members["__init__"] = self._maker(base)
         return type(self.exercise.name, (base,), members)
 
     def _method(self, name: str):
         def in_the_child(answer, self, *arguments, **options):
+            if made := vars(self).pop("made_with", None):  # what the answer's own __init__ adds to the object
+                made = vars(answer(*made[0], **made[1]))
+                vars(self).update({key: value for key, value in made.items() if not key.startswith("_")})
             self.__class__ = answer
             return getattr(self, name)(*arguments, **options)
 
@@ -389,6 +469,21 @@ class Answer:
             return self.ask(in_the_child, (instance, *arguments), options)
 
         return method
+
+    def _maker(self, base: type):
+        """An `__init__` for the stand-in of a class that has its own, which may not change the parameters."""
+
+        def parameters(module) -> list:
+            return [(name, list(weight.shape)) for name, weight in module.named_parameters()]
+
+        def make(instance, *arguments, **options):
+            vars(instance)["made_with"] = arguments, options
+            theirs = self.ask(lambda answer: parameters(answer(*arguments, **options)))
+            base.__init__(instance, *arguments, **options)
+            if theirs != parameters(instance):
+                raise DidNotRun("your class's __init__ makes parameters of its own: have it marked by hand")
+
+        return make
 
 
 def _call(answer, *arguments, **options):
@@ -423,28 +518,31 @@ def verdict(exercise: Exercise, cells: list[tuple[bool, str]], namespace: dict, 
     def out_of_time(*_):
         raise DidNotRun(f"not finished after {settings.seconds:g} s: a loop without an end?")
 
-    printed = io.StringIO()
+    printed, answer = io.StringIO(), None
     signal.signal(signal.SIGALRM, out_of_time)
     try:
         source = answer_of(exercise, cells)
         if source.strip() == exercise.stub.strip():
             return "todo", "the stub is unchanged"
-        signal.setitimer(signal.ITIMER_REAL, settings.seconds)
+        # Again and again, since Python drops what is raised inside a callback.
+        signal.setitimer(signal.ITIMER_REAL, settings.seconds, 2)
         try:
             statements = parsed(source)
         except (ValueError, RecursionError, MemoryError, SyntaxError) as error:
             raise DidNotRun(f"the cell does not run: {type(error).__name__}: {first_line(error)}") from error
         others = itertools.chain.from_iterable(defining(text, literals=False) for _, text in cells if text != source)
         helpers = [node for node in others if not bound(node) & set(namespace)]
-        attempt = Answer(exercise, statements, helpers, namespace, settings).stand_in()
+        answer = Answer(exercise, statements, helpers, namespace, settings)
         with contextlib.redirect_stdout(printed):
-            status = str(getattr(checks, exercise.checker)(attempt))
+            status = str(getattr(checks, exercise.checker)(answer.stand_in()))
     except DidNotRun as error:
         return "did not run", str(error)
     except Exception as error:  # the text of the answer cannot even be read
         return "did not run", f"{type(error).__name__}: {first_line(error)}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        if answer is not None:
+            answer.end()
     return status, printed.getvalue().strip().partition(": ")[2] if status != "ok" else ""
 
 
@@ -506,7 +604,7 @@ def collect(settings: Settings) -> dict[str, dict[str, list[Path]]]:
         raise ValueError(f"{settings.submissions}: holds no notebook (STUDENT/NN_name.ipynb)")
     for files in students.values():
         for paths in files.values():
-            paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+            paths.sort(key=lambda path: path.lstat().st_mtime, reverse=True)
     return students
 
 
@@ -523,6 +621,11 @@ def read_rows(path: Path) -> dict[tuple, list[dict]]:
     for row in rows:
         kept.setdefault((row["student"], row["notebook"]), []).append(row)
     return kept
+
+
+def shown(say: str) -> str:
+    """A diagnosis as one line of printable text that no spreadsheet takes for a formula."""
+    return "".join(letter if letter.isprintable() else " " for letter in say)[:400].lstrip("=+-@ ")
 
 
 class Gradebook:
@@ -543,10 +646,7 @@ class Gradebook:
     def add(self, student: str, notebook: str, key: str, verdicts) -> None:
         with self.lock:
             self.rows[student, notebook] = [
-                dict(
-                    zip(COLUMNS, (student, notebook, name, status, re.sub(r"[^ -~\u00a1-\uffff]", " ", say)[:400], key))
-                )
-                for name, status, say in verdicts
+                dict(zip(COLUMNS, (student, notebook, name, status, shown(say), key))) for name, status, say in verdicts
             ]
             self.write()
 
@@ -595,8 +695,8 @@ def mark(notebook: Path, students: dict, book: Gradebook, settings: Settings) ->
         paths, problem, cells, key = files.get(notebook.name[:2], []), "no such notebook was handed in", None, "-"
         if paths:
             try:
-                key = fingerprint(notebook, paths[0].read_bytes(), settings)
                 cells = code_cells(paths[0])
+                key = fingerprint(notebook, paths[0].read_bytes(), settings)
             except (FileError, OSError) as error:
                 problem = first_line(error)
         if book.keep(student, notebook.stem, key):
