@@ -16,7 +16,7 @@
 #
 # **You need** Python and PyTorch; to have met attention once. No GPU, no network.
 #
-# **Time** about 10 minutes to read and do; the code runs in at most 60 s on two CPU cores
+# **Time** about 25 minutes to read and do; the code runs in at most 60 s on two CPU cores
 
 # %% tags=["setup"]
 # (filled in by notebooks/build.py)

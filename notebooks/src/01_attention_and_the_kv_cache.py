@@ -12,7 +12,7 @@
 #
 # **You need** PyTorch, and to have met attention once. Nothing from the paper on Tensor Product Attention (TPA) yet.
 #
-# **Time** about 65 minutes to read and do; the code runs in at most 40 s on two CPU cores
+# **Time** about 85 minutes to read and do; the code runs in at most 40 s on two CPU cores
 #
 # TPA is an answer to a question. This notebook is about the question: *why does a language model that writes long texts
 # run out of memory, and what have people done about it?*

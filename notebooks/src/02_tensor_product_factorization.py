@@ -14,7 +14,7 @@
 # **You need** notebook 01 (heads, the KV cache, the table of ranks in its section 5) and matrix rank from linear
 # algebra.
 #
-# **Time** about 85 minutes to read and do; the code runs in at most 60 s on two CPU cores
+# **Time** about 110 minutes to read and do; the code runs in at most 60 s on two CPU cores
 #
 # The idea of Tensor Product Attention fits in one sentence: *write each token's queries, keys and values as a short sum
 # of outer products, and cache the pieces.* This notebook builds that sentence up from one matrix.

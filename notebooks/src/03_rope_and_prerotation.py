@@ -14,7 +14,7 @@
 #
 # **You need** notebook 02 (the factors A and B, and `assemble`), and matrix products.
 #
-# **Time** about 75 minutes to read and do; the code runs in at most 40 s on two CPU cores
+# **Time** about 100 minutes to read and do; the code runs in at most 40 s on two CPU cores
 
 # %% tags=["setup"]
 # (filled in by notebooks/build.py)

@@ -13,7 +13,7 @@
 #
 # **You need** notebooks 01 (MHA, MQA, GQA), 02 (factors, `assemble`) and 03 (Theorem 3.1).
 #
-# **Time** about 85 minutes to read and do; the code runs in at most 60 s on two CPU cores
+# **Time** about 95 minutes to read and do; the code runs in at most 60 s on two CPU cores
 
 # %% tags=["setup"]
 # (filled in by notebooks/build.py)

@@ -10,7 +10,7 @@
 #
 # **You need** [02](02_tensor_product_factorization.ipynb) and [03](03_rope_and_prerotation.ipynb).
 #
-# **Time** about 70 minutes to read and do; the code runs in at most 40 s on two CPU cores
+# **Time** about 105 minutes to read and do; the code runs in at most 40 s on two CPU cores
 
 # %% tags=["setup"]
 # (filled in by notebooks/build.py)

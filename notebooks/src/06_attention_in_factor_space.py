@@ -10,7 +10,7 @@
 #
 # **You need** [05](05_factor_cache.ipynb).
 #
-# **Time** about 75 minutes to read and do; the code runs in at most 60 s on two CPU cores
+# **Time** about 95 minutes to read and do; the code runs in at most 60 s on two CPU cores
 
 # %% tags=["setup"]
 # (filled in by notebooks/build.py)

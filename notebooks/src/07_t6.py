@@ -12,7 +12,7 @@
 # **You need** [02](02_tensor_product_factorization.ipynb) and [05](05_factor_cache.ipynb); from
 # [06](06_attention_in_factor_space.ipynb) only that attention can be computed from the factors.
 #
-# **Time** about 70 minutes to read and do; the code runs in at most 60 s on two CPU cores
+# **Time** about 95 minutes to read and do; the code runs in at most 60 s on two CPU cores
 
 # %% tags=["setup"]
 # (filled in by notebooks/build.py)

@@ -11,7 +11,7 @@
 #
 # **You need** [07](07_t6.ipynb), or a first acquaintance with training a language model.
 #
-# **Time** about 60 minutes to read and do; the code runs in at most 60 s on two CPU cores
+# **Time** about 80 minutes to read and do; the code runs in at most 60 s on two CPU cores
 
 # %% tags=["setup"]
 # (filled in by notebooks/build.py)

@@ -12,7 +12,7 @@
 #
 # **You need** notebooks 01 (the cache), 02 and 05 (factors and their cache). This notebook applies what those derived.
 #
-# **Time** about 45 minutes to read and do; the code runs in at most 60 s on two CPU cores
+# **Time** about 80 minutes to read and do; the code runs in at most 60 s on two CPU cores
 
 # %% tags=["setup"]
 # (filled in by notebooks/build.py)

@@ -13,7 +13,7 @@
 #
 # **You need** notebook 06 (attention in factor space, and the online softmax). No GPU.
 #
-# **Time** about 60 minutes to read and do; the code runs in at most 60 s on two CPU cores
+# **Time** about 65 minutes to read and do; the code runs in at most 60 s on two CPU cores
 
 # %% tags=["setup"]
 # (filled in by notebooks/build.py)

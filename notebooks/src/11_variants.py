@@ -21,7 +21,7 @@
 #
 # **You need** notebooks 02, 03 and 05 (factors, pre-rotation, the factor cache). 04 helps.
 #
-# **Time** about 70 minutes to read and do; the code runs in at most 60 s on two CPU cores
+# **Time** about 95 minutes to read and do; the code runs in at most 60 s on two CPU cores
 
 # %% tags=["setup"]
 # (filled in by notebooks/build.py)

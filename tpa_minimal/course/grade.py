@@ -20,7 +20,6 @@ import itertools
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -269,6 +268,7 @@ def tensors_in(arguments) -> list[torch.Tensor]:
 
 def confine(memory: int, seconds: float) -> None:
     """Take from this process what an answer does not need: files to write, processes, network, much memory."""
+    import resource  # Windows has none, and everything else of this file can be imported there
 
     def watch(event, arguments):
         writes = (
