@@ -235,15 +235,6 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 @each_source
-def test_the_guide_promises_the_minutes_of_the_notebook_itself(source):
-    seconds = build.BUDGET.search(read(source).cells[0].source)[1]
-    row = re.search(
-        rf"\({source.stem}\.ipynb\) \| \d+ min \| (\d+) s \|", (build.NOTEBOOKS / "README.md").read_text("utf-8")
-    )
-    assert row and row[1] == seconds
-
-
-@each_source
 def test_links_between_notebooks_lead_somewhere(source):
     linked = re.findall(r"\]\(([\w./]+\.(?:ipynb|py|md))\)", source.read_text("utf-8"))
     assert not [name for name in linked if not (build.NOTEBOOKS / name).exists()]

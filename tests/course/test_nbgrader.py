@@ -16,9 +16,11 @@ from tpa_minimal.course.grade import exercises
 pytest.importorskip("nbgrader", reason="nbgrader is not installed: it is in the extra `dev`")
 NOTEBOOKS = sorted((handout.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 NAME = "05_factor_cache"
-WRONG = {
+MIXED = {  # wrong, right, and the third left open
     "append": "def append(room, length, new):\n    return new",
-    "diagnose": "def diagnose(patients):\n    return []",
+    "longest_context": "def longest_context(config, budget, batch_size, bytes_per_number):\n"
+    "    c = config\n    numbers = c.n_layer * (c.rank_k + c.rank_v) * (c.n_head + c.d_head)\n"
+    "    return budget // (numbers * batch_size * bytes_per_number)",
 }
 FULL = os.environ.get("TPA_FULL") == "1"
 
@@ -80,13 +82,13 @@ def test_nbgrader_releases_stubs_and_gives_points_for_right_answers_only(course)
         e.stub.rstrip() for e in exercises(handout.ROOT / "notebooks" / f"{NAME}.ipynb")
     ]
     assert not re.search("SOLUTION|HIDDEN|assert verdict", json.dumps(release))
-    for student in ("right", "wrong", "todo"):
+    expected = {"mixed": (1, 6), "right": (6, 6)} if FULL else {"mixed": (1, 6)}  # ★★☆, ★☆☆ and ★★★
+    for student in expected:
         for cell, solved in zip(release["cells"], content["cells"]):
             if (answer := cell["metadata"].get("nbgrader", {})).get("solution"):
-                name = answer["grade_id"]
-                solution = text(solved)
-                choice = {"right": solution, "wrong": WRONG.get(name, solution), "todo": stubs[cell["id"]]}
-                cell["source"] = choice[student]
+                cell["source"] = (
+                    text(solved) if student == "right" else MIXED.get(answer["grade_id"], stubs[cell["id"]])
+                )
         folder = course / "submitted" / student / NAME
         folder.mkdir(parents=True)
         (folder / f"{NAME}.ipynb").write_text(json.dumps(release), encoding="utf-8")
@@ -94,4 +96,4 @@ def test_nbgrader_releases_stubs_and_gives_points_for_right_answers_only(course)
     nbgrader(course, "export")
     with open(course / "grades.csv", newline="", encoding="utf-8") as file:
         got = {row["student_id"]: (float(row["score"]), float(row["max_score"])) for row in csv.DictReader(file)}
-    assert got == {"right": (6, 6), "wrong": (1, 6), "todo": (0, 6)}  # ★★☆, ★☆☆ and ★★★; the second is right
+    assert got == expected
