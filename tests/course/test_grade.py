@@ -77,9 +77,14 @@ FORGED = {
     "def numbers_cached_by_mha(n_head, d_head):\n    return Any(7)",
     "writes_to_the_marker": "import os\nfor d in range(99):\n    try: open(f'/proc/{os.getppid()}/fd/{d}', 'w').write("
     "'[0, [[\"ex00_1\", \"ok\", \"\"]]]\\n')\n    except Exception: pass\n" + WRONG,
-    "patches_the_checkers_it_finds": "import gc, types\nfor thing in gc.get_objects():\n"
-    "    if isinstance(thing, types.FunctionType) and thing.__name__ in ('ex00_1', 'run', 'agree', 'judge'):\n"
-    "        try: thing.__code__ = (lambda *a, **k: 'ok').__code__\n        except ValueError: pass\n" + WRONG,
+    "asks_for_the_checker": "import gc, sys\nfound = 0\n"
+    "for ask in (gc.get_objects, gc.get_referrers, sys._current_frames):\n"
+    "    try: found += len(ask()) + 1\n    except PermissionError: pass\n"
+    + WRONG.replace("return", "return (2 if found else 1) *"),
+    "asks_the_frames": "import sys\ndef numbers_cached_by_mha(n_head, d_head):\n    frame = sys._getframe()\n"
+    "    try: raise ValueError\n    except ValueError as error: frames = [frame, error.__traceback__.tb_frame]\n"
+    "    for frame in frames:\n        while frame:\n            if 'right' in frame.f_locals:\n"
+    "                return frame.f_locals['right'](n_head, d_head)\n            frame = frame.f_back\n    return 7",
     "patches_the_frames_above": "import sys\nframe = sys._getframe()\nwhile frame:\n"
     "    frame.f_globals.update(STATUSES=('ok',), verdict=lambda *a: ('ok', ''))\n    frame = frame.f_back\n" + WRONG,
     "replaces_modules": f"import sys, types\nfor name in list(sys.modules):\n    if name.startswith({HERE!r}):\n"
@@ -266,7 +271,7 @@ def test_files_that_are_no_plain_notebooks_are_rows_of_their_own(marked, tmp_pat
 
 def test_what_a_diagnosis_holds_is_shown_as_plain_text(marked):
     reply = json.dumps({"kind": "did not run", "message": "=HYPERLINK('x')\u202e\n\x1b[2J"}).encode() + b"\n"
-    answer = f"import os\nos.write(3, {reply!r})\n{RIGHT}"
+    answer = f"import os\nos.write(3, {reply!r})\nos._exit(0)\n{RIGHT}"
     status, said = marked({"eve": with_answer(answer)})["eve"]
     assert status == "did not run" and said.isprintable() and said.startswith("HYPERLINK")
 
