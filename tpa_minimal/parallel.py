@@ -22,7 +22,7 @@ from tpa_minimal.tpa import TensorProductAttention
 
 @torch.no_grad()
 def heads_of(layer: TensorProductAttention, index: int, count: int) -> TensorProductAttention:
-    """Share `index` of `count` equal shares of a layer's heads, as a layer: the outputs of all shares add up to its own.
+    """Share `index` of `count` equal shares of a layer's heads, as a layer: all shares' outputs add up to its own.
 
     Raises TypeError for a variant (a softmax over all heads, for one, cannot be taken by parts) and ValueError for a
     `count` that does not divide the heads.
