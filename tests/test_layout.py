@@ -12,11 +12,11 @@ MODULE = {
     "tpa": set(),
     "baselines": {"tpa"},
     "variants": {"tpa"},
+    "parallel": {"tpa"},
     "memory": set(),
     "files": set(),
     "cpu_decode": {"tpa"},
     "flash_decode": {"tpa"},
-    "parallel": {"tpa"},
     "huggingface": {"tpa", "baselines", "variants", "memory", "files"},
 }
 LABORATORY = [
