@@ -413,8 +413,8 @@ for dtype in ("int8", "int4"):
 
 # %% [markdown]
 # **Where heads are divided over GPUs.** All heads read $b$, so each of $N$ GPUs keeps all of it: $(R_K + R_V)(h/N +
-# d_h)$ numbers against $2\,(G/N)\,d_h$. (With more GPUs than key-value heads each keeps one.) `split` says what is left on
-# one GPU, here of the layers of §1:
+# d_h)$ numbers against $2\,(G/N)\,d_h$. (With more GPUs than key-value heads each keeps one.) `split` says what is left
+# on one GPU, here of the layers of §1:
 
 # %%
 counts, rows = (1, 2, 4, 8, 16), []
@@ -431,8 +431,8 @@ looks.table(header, rows, caption)
 # %% [markdown]
 # Splitting by heads divides MHA's and GQA's cache and copies MLA's latent, MQA's one key and most of TPA's. On 8 GPUs
 # TPA with ranks 1 keeps 272 numbers on each where GQA keeps 256. The explorer has a control for it, as in
-# `explorer.show(explorer.Settings(gpus=8))`, and [notebook 14](14_serving.ipynb) splits a real layer. Dividing the cache
-# by positions instead ([notebook 10](10_flash_decode.ipynb)) keeps the saving.
+# `explorer.show(explorer.Settings(gpus=8))`, and [notebook 14](14_serving.ipynb) splits a real layer. Dividing the
+# cache by positions instead ([notebook 10](10_flash_decode.ipynb)) keeps the saving.
 #
 # **And always:** a TPA version is another model, which has to be trained. The paper's quality results are for ranks
 # (6, 2, 2) and models of up to 1.5 billion weights; rank 1 appears in its speed measurements. We know of no trained 70B
