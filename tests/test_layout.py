@@ -12,6 +12,7 @@ MODULE = {
     "tpa": set(),
     "baselines": {"tpa"},
     "variants": {"tpa"},
+    "parallel": {"tpa"},
     "memory": set(),
     "files": set(),
     "cpu_decode": {"tpa"},
