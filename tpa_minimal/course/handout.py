@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = """\
 # conda env create -f environment.yml && conda activate tpa-minimal && jupyter lab
 # Without conda, from this folder: python -m pip install "./{wheel}[course,experiments]"
+# On Linux without a GPU install a small torch first: pip install torch --index-url https://download.pytorch.org/whl/cpu
 name: tpa-minimal
 channels:
   - conda-forge
