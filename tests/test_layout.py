@@ -16,6 +16,7 @@ MODULE = {
     "files": set(),
     "cpu_decode": {"tpa"},
     "flash_decode": {"tpa"},
+    "parallel": {"tpa"},
     "quantized": {"tpa"},
     "serving": {"tpa"},
     "huggingface": {"tpa", "baselines", "variants", "memory", "files"},

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import storages
-from hypothesis import Phase, given, settings
+from helpers import exactly, storages
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from tpa_minimal import baselines, memory, variants
@@ -82,6 +82,99 @@ def test_what_is_set_aside_is_the_formula_too(mechanism):
     layer = Layer(mechanism, 12, 4, 8, n_kv_head=2)
     cache = real_layer(layer, T6Config(11, 1, 12, 4, 8)).new_cache(3, max_len=50)
     assert sum(storages(cache).values()) == layer.cached_numbers * 3 * 50 * 4
+
+
+# ------------------------------------------------------------------------------------------------- several GPUs
+
+
+@few
+@given(layers(), st.sampled_from([1, 2, 3, 4, 6, 8]), st.data())
+def test_what_a_gpu_caches_is_what_its_heads_read(layer, gpus, data):
+    """Counted head by head: query head i reads key-value head i // (h/G), its columns of a, all of b, all of c."""
+    h, G = layer.n_head, layer.n_kv_head
+    assume(h % gpus == 0)
+    mine = range(h // gpus * (gpu := data.draw(st.integers(0, gpus - 1))), h // gpus * (gpu + 1))
+    read = set()
+    for i in mine:
+        if G is not None:
+            read |= {(x, i // (h // G), f) for x in "kv" for f in range(layer.d_head)}
+        elif layer.mechanism == "mla":
+            read |= {("c", f) for f in range(layer.d_c + layer.d_rope)}
+        for x, rank in (("k", layer.rank_k), ("v", layer.rank_v)) if layer.mechanism.startswith("tpa") else ():
+            if layer.mechanism != "tpa-fixed-a":
+                read |= {("a", x, r, i) for r in range(rank)}
+            if layer.mechanism != "tpa-fixed-b":
+                read |= {("b", x, r, f) for r in range(rank) for f in range(layer.d_head)}
+    if G is not None and G % gpus and gpus % G:
+        with pytest.raises(ValueError, match=f"gpus={gpus}: cannot share out.*use one of 1, "):
+            layer.split(gpus)
+    else:
+        assert layer.split(gpus).cached_numbers == len(read)
+
+
+def test_rank_one_on_eight_gpus_caches_more_than_eight_shared_heads():
+    shape = dict(d_model=8192, n_head=64, d_head=128, rank_k=1, rank_v=1, n_kv_head=8, d_c=512, d_rope=64)
+    per_gpu = {name: Layer(name, **shape).split(8).cached_numbers for name in memory.MECHANISMS}
+    assert per_gpu == {
+        "mha": 2 * 8 * 128, "mqa": 2 * 128, "gqa": 2 * 128, "mla": 576,
+        "tpa": 2 * (8 + 128), "tpa-kv-only": 2 * (8 + 128), "tpa-fixed-a": 2 * 128, "tpa-fixed-b": 2 * 8,
+    }  # fmt: skip
+    assert Layer("gqa", **shape).split(16).cached_numbers == 2 * 128  # two GPUs keep the same key-value head
+
+
+def share(whole, part, index, count):
+    """Cut each axis of a tensor that is shorter in `part`: `part`'s block for GPU `index` of `count`."""
+    for axis, (long, short) in enumerate(zip(whole.shape, part.shape)):
+        whole = whole.narrow(axis, index * (long // max(1, short)) // count * short, short)
+    return whole
+
+
+@pytest.mark.parametrize("name, n_kv_head", [("mha", 8), ("gqa", 4), ("gqa", 2), ("mqa", 1), ("mla", 1), ("tpa", 1),
+                                             ("tpa-kv-only", 1), ("tpa-fixed-a", 1), ("tpa-fixed-b", 1)])  # fmt: skip
+@torch.no_grad()
+def test_layers_of_the_split_sizes_add_up_to_the_whole(name, n_kv_head, count=4):
+    """So what `Layer.split` says suffices: weights cut to its shapes, 4 GPUs, GQA with fewer and as many heads."""
+    layer, x = Layer(name, 12, 8, 4, n_kv_head=n_kv_head, rank_q=3), torch.randn(2, 7, 12, dtype=torch.float64)
+    configs = [T6Config(11, 1, 12, h, 4, rank_q=3) for h in (8, 8 // count)]
+    whole, part = (real_layer(one, c).double() for one, c in zip((layer, layer.split(count)), configs))
+    torch.nn.init.normal_(whole.out_proj.weight)
+    expected, found = whole(x), 0
+    for index in range(count):
+        for parameter, target in zip(whole.parameters(), part.parameters()):
+            if parameter is getattr(getattr(whole, "factor_proj", None), "weight", None):
+                factors = zip(parameter.split(whole.sizes), whole.shapes, target.split(part.sizes), part.shapes)
+                for w, old, t, new in factors:
+                    t.copy_(share(w.unflatten(0, old), t.unflatten(0, new), index, count).reshape(t.shape))
+            else:
+                target.copy_(share(parameter, target, index, count))
+        found = found + part(x)
+    exactly(found, expected)
+    assert sum(p.numel() for p in part.parameters()) == layer.split(count).parameters
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_gpus_share_of_a_model(name):
+    model = MODELS[name]
+    assert model.split(1) == model
+    count = next(n for n in (2, 5) if model.layer.n_head % n == 0)
+    others = model.parameters - model.n_layer * model.layer.parameters
+    part = model.split(count)
+    assert part.parameters == model.n_layer * model.layer.split(count).parameters - (-others // count)
+    assert (
+        part.cache_bytes(5000, 3) == model.cache_bytes(5000, 3) * part.layer.cached_numbers / model.layer.cached_numbers
+    )
+
+
+@few
+@given(st.sampled_from(list(MODELS)), st.floats(1e9, 1e13), st.integers(1, 200_000), st.sampled_from(list(DTYPES)))
+def test_the_largest_batch_fits_and_one_more_does_not(name, budget, context, dtype):
+    model = MODELS[name]
+
+    def needed(batch_size):
+        return model.weight_bytes("int4") + model.cache_bytes(context, batch_size, dtype)
+
+    most = model.largest_batch(budget, context, dtype, weight_dtype="int4")
+    assert isinstance(most, int) and budget < needed(most + 1) and (most == 0 or needed(most) <= budget)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how a process's memory is counted differs elsewhere")
@@ -347,6 +440,9 @@ def test_windows_bound_what_local_layers_hold():
         (lambda: Layer("tpa", 8, 6.0, 4), "n_head=6.0: must be a whole number"),
         (lambda: MODELS["GPT-2 XL"].cache_bytes(10, dtype="bf16"), "dtype='bf16'.*use one of float32"),
         (lambda: MODELS["GPT-2 XL"].largest_context(1e12, batch_size=0), "batch_size=0"),
+        (lambda: MODELS["GPT-2 XL"].largest_batch(1e12, 0), "context=0: must be 1 or more"),
+        (lambda: MODELS["GPT-2 XL"].split(8), "gpus=8: cannot share out.*n_head=25; use one of 1, 5, 25"),
+        (lambda: Layer("tpa", 8, 6, 4).split(0), "gpus=0: .*use one of 1, 2, 3, 6"),
     ],
 )
 def test_bad_input_is_named(wrong, said):

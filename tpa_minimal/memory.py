@@ -6,6 +6,7 @@ every formula with the real caches and layers.
     llama = MODELS["Llama 3 70B"]
     tpa = llama.with_tpa(rank_q=16, rank_k=1, rank_v=1)
     llama.cache_bytes(131_072), tpa.cache_bytes(131_072)          # 42.9 GB and 8.1 GB in bfloat16
+    llama.split(8).cache_bytes(131_072), tpa.split(8).cache_bytes(131_072)    # 5.4 GB and 5.7 GB on each of 8 GPUs
 
 A GB is 10^9 bytes. A ratio means nothing without its baseline, so `ratios` names the baseline of each.
 """
@@ -136,6 +137,22 @@ class Layer:
             per_token = Q * K * d_h + h * Q * K + h * V * d_h
         return per_token * context
 
+    def split(self, gpus: int) -> "Layer":
+        """What each of `gpus` GPUs has of the layer under tensor parallelism: a layer with n_head / gpus of its heads.
+
+        Key-value heads are split too; with more GPUs than these, several GPUs keep the same one. All heads read MLA's
+        latent and TPA's feature factors, so every GPU keeps these whole; head factors are split.
+        Raises ValueError for a number of GPUs that would cut a head, or a group of heads unevenly.
+        """
+        h, G = self.n_head, self.n_kv_head
+        possible = [n for n in range(1, h + 1) if h % n == 0 and (G is None or G % n == 0 or n % G == 0)]
+        if gpus not in possible:
+            raise ValueError(
+                f"gpus={gpus!r}: cannot share out whole heads of a layer of {self.describe()} with n_head={h}; "
+                f"use one of {', '.join(map(str, possible))}"
+            )
+        return replace(self, n_head=h // gpus, n_kv_head=G and max(1, G // gpus))
+
     def describe(self) -> str:
         """The mechanism with the sizes that matter for its cache, such as "GQA, 8 key-value heads"."""
         if self.mechanism == "mla":
@@ -262,6 +279,24 @@ class Model:
                 return math.inf
             return int((free - self.n_local * self.window * per_layer) // (everywhere * per_layer))
         return int(free // (self.n_layer * per_layer))
+
+    def largest_batch(
+        self, budget: float, context: int, dtype: str = "bfloat16", weight_dtype: str = "bfloat16"
+    ) -> int:
+        """How many sequences of `context` tokens fit beside the weights in `budget` bytes; see `largest_context`."""
+        if context < 1:
+            raise ValueError(f"context={context}: must be 1 or more")
+        free = budget - self.weight_bytes(weight_dtype)
+        return max(0, int(free // self.cache_bytes(context, 1, dtype)))
+
+    def split(self, gpus: int) -> "Model":
+        """What each of `gpus` GPUs has of the model: attention as in `Layer.split`, an equal share of other weights.
+
+        (The few weights of norms, which every GPU has, are counted as shared out.) Raises ValueError as `Layer.split`.
+        """
+        layer = self.layer.split(gpus)
+        others = self.parameters - self.n_layer * self.layer.parameters
+        return replace(self, layer=layer, parameters=self.n_layer * layer.parameters + math.ceil(others / gpus))
 
     def with_attention(self, layer: Layer) -> "Model":
         """The same model with each attention layer exchanged for `layer`; its weights are counted anew.

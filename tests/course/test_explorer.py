@@ -11,7 +11,7 @@ import matplotlib.colors
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from tpa_minimal.course import diagrams, explorer, looks
@@ -128,6 +128,7 @@ every_setting = st.builds(
     context=st.sampled_from([2**n for n in range(10, 21)]),
     batch_size=st.sampled_from([1, 2, 64, 256]),
     memory_gb=st.sampled_from([8, 80, 1128]),
+    gpus=st.sampled_from([1, 1, 2, 4, 8]),
 )
 
 
@@ -143,9 +144,11 @@ def lengths(account, setting, right):
 @few
 @given(every_setting)
 def test_the_answer_is_the_formula(setting):
+    shipped = MODELS[setting.model]
+    tpa = shipped.with_tpa(setting.rank_q, setting.rank_k, setting.rank_v)
+    assume(shipped.layer.n_head % setting.gpus == 0)
+    shipped, tpa = shipped.split(setting.gpus), tpa.split(setting.gpus)
     for text in explorer.answer(setting):
-        shipped = MODELS[setting.model]
-        tpa = shipped.with_tpa(setting.rank_q, setting.rank_k, setting.rank_v)
         ratio = tpa.layer.cached_numbers / shipped.layer.cached_numbers
         number = float(re.search(r"([\d.]+) times", text)[1])
         near = 0.9 < ratio < 1.1
@@ -160,6 +163,7 @@ def test_the_answer_is_the_formula(setting):
 @few
 @given(every_setting)
 def test_the_bars_are_in_proportion(setting):
+    assume(MODELS[setting.model].layer.n_head % setting.gpus == 0)
     *_, tpa = explorer.accounts(setting)
     right = 1.1 * max(setting.memory_gb * GB, tpa.total)
     weights, cache = lengths(tpa, setting, right)
@@ -176,17 +180,17 @@ def test_near_one_the_headline_says_how_much_of_the_cache():
 def test_every_control_changes_the_answer_within_a_tenth_of_a_second():
     box = explorer.build()
     controls, below = {control.description: control for control in box.children[0].children}, box.children[1]
-    assert set(controls) == {"model", "context", "batch", "memory", "rank R_Q", "rank R_K", "rank R_V", "cache in",
-                             "weights in"}  # fmt: skip
-    changes = {"model": "DeepSeek-V3", "context": 2048, "batch": 4, "memory": 141, "rank R_Q": 3, "rank R_K": 2,
-               "rank R_V": 5, "cache in": "float8", "weights in": "int4"}  # fmt: skip
+    assert set(controls) == {"model", "context", "batch", "memory", "GPUs", "rank R_Q", "rank R_K", "rank R_V",
+                             "cache in", "weights in"}  # fmt: skip
+    changes = {"model": "DeepSeek-V3", "context": 2048, "batch": 4, "memory": 141, "GPUs": 8, "rank R_Q": 3,
+               "rank R_K": 2, "rank R_V": 5, "cache in": "float8", "weights in": "int4"}  # fmt: skip
     seconds = []
     for name, value in changes.items():
         before, start = below.value, time.process_time()
         controls[name].value = value
         seconds.append(time.process_time() - start)
         assert below.value != before, name
-    setting = Settings("DeepSeek-V3", 2048, 4, 141, 3, 2, 5, "float8", "int4")
+    setting = Settings("DeepSeek-V3", 2048, 4, 141, 8, 3, 2, 5, "float8", "int4")
     assert below.value == explorer.answer(setting)[0]
     assert max(seconds) < 0.1
 
@@ -195,6 +199,7 @@ def test_menus_say_their_units_and_the_controls_wrap():
     box = explorer.build()
     spoken = {control.description: control.label for control in box.children[0].children if hasattr(control, "label")}
     assert spoken["context"] == "128k tokens" and spoken["batch"] == "1 sequence" and spoken["memory"] == "80 GB"
+    assert spoken["GPUs"] == "1 GPU"
     assert box.children[0].layout.flex_flow == "row wrap"
     assert all(control.layout.max_width == "100%" for control in box.children[0].children)
 
@@ -210,6 +215,25 @@ def test_warnings_name_what_speaks_against_it():
     assert "only 0.5%" in " ".join(explorer.warnings(Settings(context=1024)))
     assert "made for 8,192 tokens" in " ".join(explorer.warnings(Settings("Gemma 2 9B")))
     assert "look back 1,024 tokens" in " ".join(explorer.warnings(Settings("Gemma 3 27B")))
+
+
+def test_on_several_gpus_all_bytes_and_numbers_are_those_of_one():
+    """Llama 3 70B on 8 GPUs: 272 numbers against GQA's 256, so that at ranks 1 TPA caches a little more."""
+    setting = Settings(gpus=8)
+    as_html, text = explorer.answer(setting)
+    assert "heads split over 8 GPUs" in text and "on each of 8 GPUs" in text and "on each of 8 GPUs" in as_html
+    assert "1.06 times the cache of the model as shipped" in text and "5.7 GB instead of 5.37 GB" in text
+    assert "TPA caches 272 numbers per token and layer on each of 8 GPUs, more than the 256 of GQA" in text
+    assert "Break-even is at R_K + R_V = 1.9" in text and "each GPU keeps a copy" in text
+    assert "GPUs" not in explorer.answer(Settings())[1]
+    whole, part = explorer.details(Settings()), explorer.details(setting)
+    assert whole.split(" weights ")[0] == part.split(" weights ")[0]  # of the whole model
+
+
+def test_heads_that_cannot_be_split_are_one_line_that_says_what_works():
+    said = "Qwen2.5 7B: gpus=8: cannot share out whole heads of a layer of GQA, 4 key-value heads with n_head=28; "
+    for text in explorer.answer(Settings("Qwen2.5 7B", gpus=8)):
+        assert said + "use one of 1, 2, 4, 28" in text
 
 
 def test_the_static_twin_is_what_the_controls_show_first(monkeypatch):

@@ -21,12 +21,13 @@ BAR = (760, 22)  # width and height in pixels
 
 @dataclass(frozen=True)
 class Settings:
-    """What the explorer's controls say; memory_gb is in 10^9 bytes."""
+    """What the explorer's controls say; memory_gb is that of each GPU, in 10^9 bytes, and heads are split over gpus."""
 
     model: str = "Llama 3 70B"
     context: int = 131_072
     batch_size: int = 1
     memory_gb: int = 80
+    gpus: int = 1
     rank_q: int = 16
     rank_k: int = 1
     rank_v: int = 1
@@ -36,7 +37,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Account:
-    """One bar of the explorer: a version of the model, and what it needs in bytes."""
+    """One bar of the explorer: a version of the model, as far as one GPU has it, and what that needs in bytes."""
 
     label: str
     model: Model
@@ -51,24 +52,31 @@ class Account:
 
 
 def accounts(settings: Settings) -> list[Account]:
-    """MHA with the model's own heads, the model as shipped (if that is something else), and its TPA version, last."""
+    """MHA with the model's own heads, the model as shipped (if that is something else), and its TPA version, last.
+
+    Raises ValueError where the heads cannot be split over that many GPUs.
+    """
     s = settings
     found = []
     for label, model in versions(MODELS[s.model], [(s.rank_q, s.rank_k, s.rank_v)]).items():
+        model = model.split(s.gpus)
         most = model.largest_context(s.memory_gb * GB, s.batch_size, s.dtype, s.weight_dtype)
         cache = model.cache_bytes(s.context, s.batch_size, s.dtype)
         found.append(Account(label, model, model.weight_bytes(s.weight_dtype), cache, most))
     return found
 
 
+def on_each(settings: Settings) -> str:
+    """The words that say that bytes and numbers are those of one GPU among several."""
+    return f" on each of {settings.gpus} GPUs" if settings.gpus > 1 else ""
+
+
 def headline(settings: Settings) -> tuple[str, str]:
     """The number that matters, and the sentence that says what it is and against which baseline."""
-    *_, tpa = accounts(settings)
-    shipped = MODELS[settings.model]
-    ratio = tpa.model.layer.cached_numbers / shipped.layer.cached_numbers
-    baseline = f"the model as shipped ({shipped.layer.describe()})"
-    before = shipped.cache_bytes(settings.context, settings.batch_size, settings.dtype)
-    sizes = f"{bytes_text(tpa.cache)} instead of {bytes_text(before)}"
+    *_, shipped, tpa = accounts(settings)
+    ratio = tpa.model.layer.cached_numbers / shipped.model.layer.cached_numbers
+    baseline = f"the model as shipped ({MODELS[settings.model].layer.describe()})"
+    sizes = f"{bytes_text(tpa.cache)} instead of {bytes_text(shipped.cache)}{on_each(settings)}"
     if 0.9 < ratio < 1.1:  # "1.0 times less" would say nothing
         return f"{ratio:.2f} times", f"the cache of {baseline}: {sizes}"
     return f"{max(ratio, 1 / ratio):.1f} times", f"{'less' if ratio < 1 else 'more'} cache than {baseline}: {sizes}"
@@ -76,39 +84,39 @@ def headline(settings: Settings) -> tuple[str, str]:
 
 def warnings(settings: Settings) -> list[str]:
     """What speaks against TPA at these settings, and what limits the figures, in plain sentences."""
-    *_, tpa = accounts(settings)
-    shipped, said = MODELS[settings.model], []
-    layer, ranks = tpa.model.layer, settings.rank_k + settings.rank_v
-    ratio = shipped.layer.cached_numbers / layer.cached_numbers
-    if ratio <= 1:
-        more = "as much as" if ratio == 1 else "more than"
-        rule = f"at R_K + R_V = {ranks} TPA caches {layer.cached_numbers:,} numbers per token and layer, {more}"
-        limit = shipped.layer.cached_numbers / (layer.n_head + layer.d_head)
+    *_, shipped, tpa = accounts(settings)
+    model, said = MODELS[settings.model], []
+    layer, numbers, ranks = tpa.model.layer, shipped.model.layer.cached_numbers, settings.rank_k + settings.rank_v
+    if numbers <= layer.cached_numbers:
+        more = "as much as" if numbers == layer.cached_numbers else "more than"
+        rule = f"at R_K + R_V = {ranks} TPA caches {layer.cached_numbers:,} numbers per token and layer"
+        limit = numbers / (layer.n_head + layer.d_head)
         said.append(
-            f"Not worth it: {rule} the {shipped.layer.cached_numbers:,} of {shipped.layer.describe()}. "
+            f"Not worth it: {rule}{on_each(settings)}, {more} the {numbers:,} of {model.layer.describe()}. "
             f"Break-even is at R_K + R_V = {limit:.1f}."
         )
-    cache = shipped.cache_bytes(settings.context, settings.batch_size, settings.dtype)
-    share = cache / (cache + shipped.weight_bytes(settings.weight_dtype))
+    if settings.gpus > 1:
+        said.append("All heads read TPA's feature factors or MLA's latent: each GPU keeps a copy of these.")
+    share = shipped.cache / shipped.total
     if share < 0.1:
         said.append(f"The shipped model's cache is only {share:.1%} of its memory here: the weights are what counts.")
-    if settings.context > shipped.max_len:
-        said.append(f"{shipped.name} was made for {shipped.max_len:,} tokens at most.")
-    if shipped.note:
-        said.append(f"{shipped.name}: {shipped.note}.")
+    if settings.context > model.max_len:
+        said.append(f"{model.name} was made for {model.max_len:,} tokens at most.")
+    if model.note:
+        said.append(f"{model.name}: {model.note}.")
     return said
 
 
 def details(settings: Settings) -> str:
     """Weights added or saved by the TPA version, and its attention arithmetic against the shipped layer's."""
-    *_, tpa = accounts(settings)
-    shipped = MODELS[settings.model]
-    added = tpa.model.parameters - shipped.parameters
-    work = tpa.model.layer.decode_multiply_adds(1) / shipped.layer.decode_multiply_adds(1)
+    *_, shipped, tpa = accounts(settings)
+    model = MODELS[settings.model]
+    added = model.with_tpa(settings.rank_q, settings.rank_k, settings.rank_v).parameters - model.parameters
+    work = tpa.model.layer.decode_multiply_adds(1) / shipped.model.layer.decode_multiply_adds(1)
     comparison = "more" if added > 0 else "fewer"
     return (
         f"The TPA version has {abs(added) / 1e9:.2f} billion weights {comparison}, takes {work:.2f} times the "
-        "attention arithmetic per cached token, and would have to be trained."
+        f"attention arithmetic per cached token{on_each(settings)}, and would have to be trained."
     )
 
 
@@ -149,12 +157,18 @@ def answer(settings: Settings) -> tuple[str, str]:
 
     It reads without styles too, which some hosts remove: the bars are pictures.
     """
-    s, found = settings, accounts(settings)
+    s = settings
+    try:
+        MODELS[s.model].split(s.gpus)
+    except ValueError as error:  # its heads cannot be split over so many
+        return f"<div>{html.escape(s.model)}: {html.escape(str(error))}</div>", f"{s.model}: {error}"
+    found = accounts(s)
     # Room for the memory and for all versions but MHA, whose bar may leave the picture.
     right = 1.1 * max([s.memory_gb * GB] + [account.total for account in found[-2:]])
     number, sentence = headline(s)
     sequences = "one sequence" if s.batch_size == 1 else f"{s.batch_size} sequences"
     context = f"{s.model}, {sequences} of {s.context:,} tokens, cache in {s.dtype}, weights in {s.weight_dtype}"
+    context += f", heads split over {s.gpus} GPUs" if s.gpus > 1 else ""
     parts = [
         f"<div>{html.escape(context)}</div><div><b style='font-size:2.6em;line-height:1.3'>{number}</b> "
         f"<span style='font-size:1.1em'>{html.escape(sentence)}</span></div>"
@@ -171,7 +185,7 @@ def answer(settings: Settings) -> tuple[str, str]:
                                       f"memory ends at {s.memory_gb * GB / right:.0%}")  # fmt: skip
         parts.append(f"<div style='margin-top:.7em'><b>{html.escape(account.label)}</b>: {sizes}</div>{drawn}")
         plain.append(f"{account.label}: {sizes}")
-    parts.append(f"<div>striped: weights; filled: cache; black line: {s.memory_gb} GB</div>")
+    parts.append(f"<div>striped: weights; filled: cache; black line: {s.memory_gb} GB{on_each(s)}</div>")
     for said in warnings(s):
         grave = f"<b>{html.escape(said)}</b>" if said.startswith("Not worth it") else html.escape(said)
         parts.append(f"<div style='margin-top:.4em;border-left:4px solid #888;padding-left:.6em'>{grave}</div>")
@@ -197,12 +211,13 @@ def build(settings: Settings = Settings()):  # noqa: B008 (frozen)
     import ipywidgets
 
     wide = {"style": {"description_width": "7em"}, "layout": {"width": "23em", "max_width": "100%"}}
-    sizes = [8, 16, 24, 48, 80, 141, 180, 320, 640, 1128]
+    sizes = [8, 16, 24, 48, 80, 141, 180]
     choices = {  # of the menus, with what is seen and read aloud for each
         "model": ("model", {name: name for name in MODELS}),
         "context": ("context", {f"{tokens_text(2**n)} tokens": 2**n for n in range(10, 21)}),
         "batch_size": ("batch", {f"{2**n} sequence{'s' if n else ''}": 2**n for n in range(9)}),
         "memory_gb": ("memory", {f"{size} GB": size for size in sizes}),
+        "gpus": ("GPUs", {f"{2**n} GPU{'s' if n else ''}": 2**n for n in range(6)}),
         "rank_q": ("rank R_Q", 32),
         "rank_k": ("rank R_K", 16),
         "rank_v": ("rank R_V", 16),
