@@ -70,7 +70,7 @@ def quantize(x: Tensor, bits: int) -> Rows:
     """Round each row of x (..., width) to the nearest multiple of its own scale, max |x| / (2^(bits-1) - 1)."""
     most = 2 ** (bits - 1) - 1  # 127 or 7
     scales = (x.abs().amax(-1, keepdim=True) / most).bfloat16()
-    # Divide by the scale as it is stored, so that its own rounding, by 2⁻⁹ at most, costs nothing more and takes no code
+    # Divide by the scale as it is stored: its own rounding, by 2⁻⁹ at most, then costs nothing more and takes no code
     # beyond `most`. A row of zeros has scale 0.
     codes = (x / scales.to(x.dtype).clamp(min=torch.finfo(torch.bfloat16).tiny)).round()
     codes = (codes + most + 1).to(torch.uint8)
