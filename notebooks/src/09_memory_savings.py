@@ -278,7 +278,7 @@ explorer.show()
 
 # %% [markdown]
 # Where the notebook runs, the next cell has controls. Try the context at 1k, then the ranks at 6 and 6, then
-# DeepSeek-V3. Both cells also take a setting of yours, such as
+# DeepSeek-V3, then 8 GPUs. Both cells also take a setting of yours, such as
 # `explorer.Settings(model="Llama 3 8B", context=65_536, memory_gb=24)`.
 
 # %%
@@ -405,21 +405,34 @@ looks.table(header, rows, "Two models that cache little already")
 #
 # **Where fewer bits are enough.** The shipped cache of Llama 3 70B takes 21.5 GB for 128k tokens in 8 bits and 10.7 GB
 # in 4 bits, and nothing has to be trained again. (TPA's factors could be stored so too; we have not tested it.)
-#
-# **Where heads are divided over GPUs.** All heads share $b$, so each of $N$ GPUs keeps all of it: $(R_K + R_V)(h/N +
-# d_h)$ numbers against $2\,(G/N)\,d_h$. For the 70B model on 8 GPUs:
 
 # %% tags=["nbval-check-output"]
-N, h, d_h, G = 8, 64, 128, 8
-for rank in (1, 2):
-    print(f"TPA, R_K = R_V = {rank}: {2 * rank * (h // N + d_h)} numbers per GPU")
-print(f"GQA as shipped: {2 * (G // N) * d_h} numbers per GPU")
 for dtype in ("int8", "int4"):
     cache = llama.cache_bytes(131_072, dtype=dtype)
     print(f"shipped cache of 128k tokens in {dtype}: {cache / GB:.1f} GB")
 
 # %% [markdown]
-# Dividing the cache by positions instead ([notebook 10](10_flash_decode.ipynb)) keeps the saving.
+# **Where heads are divided over GPUs.** All heads read $b$, so each of $N$ GPUs keeps all of it: $(R_K + R_V)(h/N +
+# d_h)$ numbers against $2\,(G/N)\,d_h$. (With more GPUs than key-value heads each keeps one.) `split` says what is left
+# on one GPU, here of the layers of §1:
+
+# %%
+counts, rows = (1, 2, 4, 8, 16), []
+for name, layer in layers.items():
+    rows.append([name, *(f"{layer.split(N).cached_numbers:,}" for N in counts)])
+assert layers["TPA (16, 1, 1)"].split(8).cached_numbers == 2 * (8 + 128) == 272
+assert layers["GQA, 8 heads (shipped)"].split(8).cached_numbers == 256
+
+# %% tags=["hide-input", "nbval-check-output"]
+header = ["GPUs", *map(str, counts)]
+caption = "Numbers per token and layer on each GPU, the heads being divided over all"
+looks.table(header, rows, caption)
+
+# %% [markdown]
+# Splitting by heads divides MHA's and GQA's cache and copies MLA's latent, MQA's one key and most of TPA's. On 8 GPUs
+# TPA with ranks 1 keeps 272 numbers on each where GQA keeps 256. The explorer has a control for it, as in
+# `explorer.show(explorer.Settings(gpus=8))`, and [notebook 14](14_serving.ipynb) splits a real layer. Dividing the
+# cache by positions instead ([notebook 10](10_flash_decode.ipynb)) keeps the saving.
 #
 # **And always:** a TPA version is another model, which has to be trained. The paper's quality results are for ranks
 # (6, 2, 2) and models of up to 1.5 billion weights; rank 1 appears in its speed measurements. We know of no trained 70B

@@ -224,7 +224,7 @@ def test_on_several_gpus_all_bytes_and_numbers_are_those_of_one():
     assert "heads split over 8 GPUs" in text and "on each of 8 GPUs" in text and "on each of 8 GPUs" in as_html
     assert "1.06 times the cache of the model as shipped" in text and "5.7 GB instead of 5.37 GB" in text
     assert "TPA caches 272 numbers per token and layer on each of 8 GPUs, more than the 256 of GQA" in text
-    assert "Break-even is at R_K + R_V = 1.9" in text and "each GPU keeps a copy" in text
+    assert "Break-even is at R_K + R_V = 1.9" in text and "each GPU keeps the whole" in text
     assert "GPUs" not in explorer.answer(Settings())[1]
     whole, part = explorer.details(Settings()), explorer.details(setting)
     assert whole.split(" weights ")[0] == part.split(" weights ")[0]  # of the whole model

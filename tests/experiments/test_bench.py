@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import matplotlib.pyplot
 import pytest
 import torch
 
@@ -96,6 +97,34 @@ def test_training_steps_train_and_prefill_reads_the_prompt(monkeypatch):
     assert len(bench.prefill(settings(bench.Prefill, lengths=(8, 16)))) == 2 * len(rows)
 
 
+def test_latency_is_a_prompts_pass_or_one_token_against_a_full_cache(monkeypatch):
+    calls, own = [], bench.step
+
+    def watched(run, cache, tokens, M):
+        chosen = own(run, cache, tokens, M)
+        calls.append((tokens.shape[1], cache.length, tuple(chosen.shape)))
+        return chosen
+
+    monkeypatch.setattr(bench, "step", watched)
+    rows = bench.latency(settings(bench.Latency, lengths=(5, 7), contexts=(9,), batch_size=3))
+    assert set(calls) == {(5, 5, (3,)), (7, 7, (3,)), (1, 9, (3,))}
+    names = list(bench.mechanisms(4, ranks=((16, 1, 1), (6, 2, 2))))
+    expected = [
+        (name, way, M) for way, M in (("first token", 5), ("first token", 7), ("next token", 9)) for name in names
+    ]
+    assert [(row["mechanism"], row["way"], row["context"]) for row in rows] == expected
+    assert all(0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] for row in rows)
+
+
+def test_a_figure_draws_every_row(monkeypatch):
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
+    chosen = settings(bench.Latency, lengths=(5,), contexts=(9,))
+    rows = bench.latency(chosen)
+    figure = bench.figure({"kind": "latency", "environment": bench.environment(chosen), "rows": rows})
+    matplotlib.pyplot.close(figure)
+    assert len(figure.axes[0].lines) == len(rows) == 12
+
+
 def test_functions_run_in_turns():
     order = []
     bench.in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
@@ -137,6 +166,7 @@ def test_a_share_of_bandwidth_is_bytes_over_time():
         (["decode", "--threads", "0"], "--threads 0: must be 1 or more"),
         (["train", "--batch-size", "0"], "--batch-size 0: must be 1 or more"),
         (["prefill", "--lengths", "8", "0"], "--lengths 0: must be 1 or more"),
+        (["latency", "--contexts", "0"], "--contexts 0: must be 1 or more"),
         (["decode", "--d-head", "7"], "d_head=7"),
         (["train", "--preset", "huge"], "huge"),
         (["decode", "--device", "cuda"], "use --device cpu"),

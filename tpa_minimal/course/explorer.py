@@ -96,7 +96,7 @@ def warnings(settings: Settings) -> list[str]:
             f"Break-even is at R_K + R_V = {limit:.1f}."
         )
     if settings.gpus > 1:
-        said.append("All heads read TPA's feature factors or MLA's latent: each GPU keeps a copy of these.")
+        said.append("All heads read TPA's feature factors and MLA's latent, so each GPU keeps the whole of these.")
     share = shipped.cache / shipped.total
     if share < 0.1:
         said.append(f"The shipped model's cache is only {share:.1%} of its memory here: the weights are what counts.")

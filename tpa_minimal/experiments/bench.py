@@ -3,6 +3,7 @@
     python -m tpa_minimal bench decode                      one new token against caches of growing length
     python -m tpa_minimal bench train                       a step of a T6 with each attention
     python -m tpa_minimal bench prefill                     one layer's pass over a prompt
+    python -m tpa_minimal bench latency                     a T6's time to the first token, and per token after it
     python -m tpa_minimal bench device --out DIR            all that a first, short time on a GPU should tell
     ... --device cuda --dtype bfloat16 --lengths 65536 524288
 
@@ -73,6 +74,14 @@ class Prefill(Layers):
     """One layer's pass over a prompt into an empty cache."""
 
     lengths: tuple[int, ...] = (512, 2048)  # of the prompt
+
+
+@dataclass(frozen=True)
+class Latency(Layers):
+    """A T6 of two such layers and 1,024 kinds of tokens: time to the first token, and per token after it."""
+
+    lengths: tuple[int, ...] = (256, 1024)  # of the prompt, for the first token
+    contexts: tuple[int, ...] = (1024, 8192)  # what is in the cache then, for a token after it
 
 
 @dataclass(frozen=True)
@@ -304,10 +313,10 @@ def fill(cache: FactorCache, M: int) -> tuple[Tensor, ...]:
     return cache.view(0, M)
 
 
-def step(layer: nn.Module, cache: FactorCache, x: Tensor, M: int) -> Tensor:
-    """Decode one token as the M-th."""
-    cache.truncate(M - 1)
-    return layer(x, cache)
+def step(run, cache, x: Tensor, M: int) -> Tensor:
+    """run(x, cache), the tokens of x being the last of M positions: one to decode, or all M of a prompt."""
+    cache.truncate(M - x.shape[1])
+    return run(x, cache)
 
 
 @torch.no_grad()
@@ -349,12 +358,15 @@ def decode_at(settings: Decode, M: int) -> list[dict]:
 # -------------------------------------------------------------------------------------------- train and prefill
 
 
-def one_after_another(settings: Settings, length: int, make) -> list[dict]:
-    """Rows of `make(attention, config)`, a function to time, for each mechanism, the others not being in memory."""
+def one_after_another(settings: Settings, length: int, make, ranks=((6, 2, 2),)) -> list[dict]:
+    """Rows of `make(attention, config)`, a function to time, for each mechanism, the others not being in memory.
+
+    ranks: the triples of TPA.
+    """
     times, n_head = {}, config_of(settings, length).n_head
     for _ in range(PASSES):
-        for name, (attention, ranks) in mechanisms(n_head, ranks=((6, 2, 2),)).items():
-            run = make(attention, config_of(settings, length, ranks))
+        for name, (attention, triple) in mechanisms(n_head, ranks).items():
+            run = make(attention, config_of(settings, length, triple))
             taken = times_of({name: run}, -(-settings.repeats // PASSES), settings.device)
             times.setdefault(name, []).extend(taken[name])
             del run
@@ -399,15 +411,40 @@ def prefill(settings: Prefill) -> list[dict]:
         layer = attention(config).to(settings.device, dtype)
         x = torch.randn(settings.batch_size, config.max_len, config.d_model, device=settings.device, dtype=dtype)
         run = torch.compile(layer) if settings.compile else layer
-        return functools.partial(prompt_pass, run, layer.new_cache(settings.batch_size), x)
+        return functools.partial(step, run, layer.new_cache(settings.batch_size), x, config.max_len)
 
     return [row for T in settings.lengths for row in one_after_another(settings, T, make)]
 
 
-def prompt_pass(layer: nn.Module, cache: FactorCache, x: Tensor) -> Tensor:
-    """Forget everything, then read the whole prompt."""
-    cache.truncate(0)
-    return layer(x, cache)
+@torch.no_grad()
+def latency(settings: Latency) -> list[dict]:
+    """For each mechanism the time of a prompt's pass up to its first new token, and of one token after it.
+
+    Both choose the most likely token. Rows have `way` "first token" and a prompt's length as `context`, or "next token"
+    and the number of positions that it attends to.
+    """
+
+    def make(way, attention, config):
+        config, device = replace(config, n_layer=2, vocab_size=1024), settings.device
+        model = fastest(T6(config, attention=attention).to(device, getattr(torch, settings.dtype)))
+        cache = model.new_cache(settings.batch_size)
+        for layer in cache:
+            fill(layer, config.max_len)
+        T = config.max_len if way == "first token" else 1
+        tokens = torch.randint(config.vocab_size, (settings.batch_size, T), device=device)
+
+        def choose(tokens, cache):
+            return model.logits(model.hidden(tokens, cache)[:, -1]).argmax(-1)
+
+        run = torch.compile(choose) if settings.compile else choose
+        return functools.partial(step, run, cache, tokens, config.max_len)
+
+    return [
+        {**row, "way": way}
+        for way, lengths in (("first token", settings.lengths), ("next token", settings.contexts))
+        for M in lengths
+        for row in one_after_another(settings, M, functools.partial(make, way), ((16, 1, 1), (6, 2, 2)))
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ results
@@ -441,7 +478,7 @@ def figure(result: dict):
     series = {}
     for row in result["rows"]:
         series.setdefault(row["mechanism"] + (f", {row['way']}" if "way" in row else ""), []).append(row)
-    for (name, rows), (marker, line) in zip(series.items(), [(m, s) for s in ("-", "--") for m in "os^Dv"]):
+    for (name, rows), (marker, line) in zip(series.items(), [(m, s) for s in ("-", "--") for m in "os^DvP"]):
         x, y = [row["context"] for row in rows], [row["median_ms"] for row in rows]
         ax.plot(x, y, marker=marker, linestyle=line, label=name)
         ax.fill_between(x, [row["low_ms"] for row in rows], [row["high_ms"] for row in rows], alpha=0.2)
@@ -605,7 +642,7 @@ class Check:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line: measure, print the table, write the files. A wrong value ends with status 2."""
-    commands = {"decode": Decode, "train": Train, "prefill": Prefill, "device": Device}
+    commands = {"decode": Decode, "train": Train, "prefill": Prefill, "latency": Latency, "device": Device}
     kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items()]
     settings = parse(functools.reduce(lambda x, y: x | y, kinds), arguments, "python -m tpa_minimal bench")
     if isinstance(settings, Device):
@@ -614,7 +651,8 @@ def main(arguments: list[str] | None = None) -> int:
     settings, kind = settled(settings), type(settings).__name__.lower()
     result = {"kind": kind, "environment": environment(settings)}
     result["settings"] = {name: value for name, value in asdict(settings).items() if name not in ("out", "threads")}
-    result["rows"] = {"decode": decode, "train": train, "prefill": prefill}[kind](settings)
+    measure = {"decode": decode, "train": train, "prefill": prefill, "latency": latency}[kind]
+    result["rows"] = measure(settings)
     print(table(result))
     settings.out.mkdir(parents=True, exist_ok=True)
     write_json(settings.out / f"bench_{kind}.json", result)
