@@ -274,6 +274,8 @@ checks.ex00_1(numbers_cached_by_mha)
 # | [09](09_memory_savings.ipynb) memory savings | say what TPA saves on your model, and when it does not | |
 # | [10](10_flash_decode.ipynb) flash decode | write the GPU kernel, and check it on a CPU | |
 # | [11](11_variants.ipynb) variants · [12](12_bring_your_own_model.ipynb) bring your own model | go further | |
+# | [13](13_evaluate.ipynb) evaluate | say what a benchmark number supports | |
+# | [14](14_serving.ipynb) serving | batch, page, round and split a factor cache | |
 #
 # In a hurry: 01, 02, 03, 05 and 09. To reuse the module: copy
 # `tpa_minimal/tpa.py`, which needs only PyTorch, and read 05 to 07.

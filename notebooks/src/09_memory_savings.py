@@ -404,7 +404,7 @@ looks.table(header, rows, "Two models that cache little already")
 # Of TPA only rank 1 is below DeepSeek-V3's latent, by a ninth; rank 2 nearly doubles it.
 #
 # **Where fewer bits are enough.** The shipped cache of Llama 3 70B takes 21.5 GB for 128k tokens in 8 bits and 10.7 GB
-# in 4 bits, and nothing has to be trained again. (TPA's factors could be stored so too; we have not tested it.)
+# in 4 bits, and nothing has to be trained again. (TPA's factors can be stored so too: [notebook 14](14_serving.ipynb).)
 
 # %% tags=["nbval-check-output"]
 for dtype in ("int8", "int4"):

@@ -537,3 +537,5 @@ assert losses[1] < 0.5 * losses[0]
 # - An average over nine tasks has a standard error of up to 0.43 points, and a difference one of up to 0.61. The
 #   paper's tables show TPA level with MHA and MLA, not ahead of them; seeds come on top.
 # - For small models, measure held-out loss first and questions that they can answer second.
+#
+# Next: [14 · Serving with a factor cache](14_serving.ipynb), what stands between such a model and a server.

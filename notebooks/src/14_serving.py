@@ -613,8 +613,8 @@ looks.table(header, rows, "What rounding costs, over 8,192 held-out tokens")
 
 # %% [markdown]
 # At 8 bits the loss does not move: whatever there is, is a ten-thousandth of a nat or less. 4 bits for everything cost
-# a few thousandths. Below, the order shows: by loss **$b_k$ is the most delicate**, then $b_v$, then the two head
-# factors. And single logits are moved most by the keys' factors. Why? Look at the second layer, each factor rounded to 4
+# a few thousandths, most of them for $b_v$. At 2 bits, where no error hides in the noise, **$b_k$ is the most delicate**,
+# then $b_v$, then the two head factors. And at all widths single logits are moved more by the keys' factors. Why? Look at the second layer, each factor rounded to 4
 # bits in turn, and at what comes out of attention:
 
 # %%
@@ -846,6 +846,10 @@ looks.show(
     "Tokens for each pass of the model against the number proposed: rising ever less; dots are measured, "
     f"a dotted line is the formula with α {alpha:.2f}.",
 )
+
+# %% [markdown]
+# With many proposals the dots lie above the formula. Being right is not a coin tossed anew: the draft is right along a
+# whole word or a phrase that it knows, and wrong where something must be looked up.
 
 
 # %%
