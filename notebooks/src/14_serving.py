@@ -12,7 +12,7 @@
 #
 # **You need** notebooks 05 (the cache) and 06 (attention in factor space); 09 for the accountant.
 #
-# **Time** about 70 minutes to read and do; the code runs in at most 60 s on two CPU cores
+# **Time** about 80 minutes to read and do; the code runs in at most 60 s on two CPU cores
 
 # %% tags=["setup"]
 # (filled in by notebooks/build.py)
