@@ -74,6 +74,7 @@ model = fit(T6(T6Config(n_layer=2, d_model=64, n_head=8, **sizes)), steps)
 draft = fit(T6(T6Config(n_layer=1, d_model=32, n_head=4, **sizes)), steps)
 
 
+# %%
 @torch.no_grad()
 def losses(model):
     """The loss of each token of the held-out lessons, in nats."""
@@ -84,6 +85,7 @@ def losses(model):
     return torch.cat(found)
 
 
+# %%
 for name, one in (("model", model), ("draft", draft)):
     print(
         f"{name}: {one.num_parameters():,} weights, loss {losses(one).mean():.2f} nats"
@@ -252,7 +254,17 @@ source = inspect.getsource(serving.serve)
 print(source[source.index("    texts, waiting") :])
 
 # %% [markdown]
-# Does everybody get the text that they would get alone? And what is the gain in time, not only in steps?
+# Does everybody get the text that they would get alone?
+
+# %%
+texts, _ = serving.serve(exact, requests, 4, lambda: exact.new_cache(1, 200))
+for (prompt, n), text in zip(requests, texts):
+    alone = exact.generate(prompt[None], n, temperature=0)[0]
+    assert text == alone.tolist()
+print(len(texts), "texts, each as it is alone")
+
+# %% [markdown]
+# And what is the gain in time, not only in steps?
 
 
 # %%
@@ -264,10 +276,7 @@ def timed(static):
     return texts, steps, time.perf_counter() - start
 
 
-texts, _ = serving.serve(exact, requests, 4, lambda: exact.new_cache(1, 200))
-for (prompt, n), text in zip(requests, texts):
-    alone = exact.generate(prompt[None], n, temperature=0)[0]
-    assert text == alone.tolist()
+# %%
 rows = []
 for name, static in (("static", True), ("continuous", False)):
     runs = [timed(static) for _ in range(2)]
@@ -361,6 +370,8 @@ for prompt, cache in zip(prompts, users):
     for layer, plain in zip(cache, separate):
         kept = zip(layer.view(0, layer.length), plain.view(0, plain.length))
         assert all(torch.allclose(x, y, atol=1e-4) for x, y in kept)
+
+# %%
 alone = sum(cache.nbytes for cache in (system, *users))
 in_pages = sum(pool.nbytes for pool in pools)
 set_aside = 4 * 512 * system.nbytes // system.length
@@ -441,6 +452,8 @@ versions = {
     "TPA (16, 1, 1)": llama.with_tpa(16, 1, 1),
     "TPA (16, 2, 2)": llama.with_tpa(16, 2, 2),
 }
+
+# %%
 rows = []
 for name, version in versions.items():
     separate = version.largest_batch(80 * GB, 32_768 + 2_048)
@@ -484,6 +497,7 @@ class RoundedCache(FactorCache):
         return super().append(*(quantized.quantize(x, 8).to(x.dtype) for x in new))
 
 
+# %%
 tokens = held_out[0][0][:2]
 cache, plain = quantized.new_cache(exact, 2, bits=8), exact.new_cache(2)
 for layer in plain:
@@ -558,6 +572,8 @@ def rounded(model, bits):
 NAMES = ("a_k", "b_k", "a_v", "b_v")
 with torch.no_grad():
     exact_losses, exact_logits = losses(model), model(held_out[0][0])
+
+# %%
 costs = {}
 for name in (*NAMES, "all four"):
     for bits in (8, 4, 3, 2):
@@ -622,18 +638,19 @@ inputs, layer = [], model.blocks[1].attention
 hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
 with torch.no_grad():
     model(held_out[0][0])
-    hook.remove()
     factors = layer.factors(inputs[0])
+hook.remove()
+
+# %%
+with torch.no_grad():
     right, rows = layer.attend(*factors, start=0), []
     for i, name in enumerate(NAMES, start=2):
         changed = list(factors)
         changed[i] = quantized.quantize(factors[i], 4).to(torch.float32)
         row_error = (changed[i] - factors[i]).norm() / factors[i].norm()
         off = layer.attend(*changed, start=0) - right
-        typical, largest = (
-            off.norm() / right.norm(),
-            off.abs().max() / right.abs().max(),
-        )
+        typical = off.norm() / right.norm()
+        largest = off.abs().max() / right.abs().max()
         rows.append([name, *(f"{x:.3f}" for x in (row_error, typical, largest))])
 assert rows[1][1] > rows[0][1] and rows[3][1] > rows[2][1]  # b above a
 assert min(rows[:2], key=lambda r: r[3])[3] > max(rows[2:], key=lambda r: r[3])[3]
@@ -724,6 +741,8 @@ layers = {
     "TPA (16, 1, 1)": Layer("tpa", **shape, rank_q=16, rank_k=1, rank_v=1),
     "TPA (16, 2, 2)": Layer("tpa", **shape, rank_q=16, rank_k=2, rank_v=2),
 }
+
+# %%
 counts = (1, 2, 4, 8)
 rows = [
     [name, *(layer.split(N).cached_numbers for N in counts)]
