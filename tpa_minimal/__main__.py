@@ -8,7 +8,7 @@ import sys
 # COMMAND: "module:function", imported when it is asked for; the function takes the arguments and returns a status.
 COMMANDS = {
     "train": "tpa_minimal.experiments.train:main",
-    "generate": "tpa_minimal.experiments.train:generate_command",
+    "generate": "tpa_minimal.experiments.generate:main",
     "bench": "tpa_minimal.experiments.bench:main",
     "grade": "tpa_minimal.course.grade:main",
     "handout": "tpa_minimal.course.handout:main",

@@ -14,7 +14,7 @@
 # - say in one picture what TPA caches, and read off what that weighs beside ordinary attention
 # - choose your way through the course
 #
-# **You need** Python and PyTorch; to have met attention once. No GPU, no network.
+# **You need** Python and PyTorch; a first acquaintance with attention. No GPU, no network.
 #
 # **Time** about 10 minutes to read and do; the code runs in at most 60 s on two CPU cores
 
@@ -75,9 +75,10 @@ print(f"validation loss before {before:.2f}, after {after:.2f} nats per token")
 assert after < before - 1
 
 # %% [markdown]
-# The loss is the average surprise per token on texts that the model has not seen. Guessing evenly among all tokens of
+# The loss is the average surprise per token, $-\ln p$ of the token that came (in *nats*, the unit of the natural
+# logarithm), on texts that the model has not seen. Guessing evenly among all tokens of
 # the vocabulary would give the first number below, and the untrained model is somewhat *worse* than that. It does not
-# guess at all: it repeats its input. We can ask a new one what it takes for the most likely next token:
+# guess at all: it repeats its input. Ask a freshly made model for its most likely next token:
 
 # %%
 untrained = train.T6(config).to(next(model.parameters()).device)
@@ -94,7 +95,7 @@ assert repeats == 100
 # %% [markdown]
 # The reason: at the start the attention and feed-forward parts add nothing (their output projections are zero), and the
 # matrix that reads a token in also writes the scores out. So the score is largest for the token itself. From there
-# the loss falls by several nats; so short a training teaches which words are common, hardly how they form a sentence:
+# the loss falls by several nats; such a short run teaches which words are common, but hardly how they form sentences:
 
 # %%
 print(generate.generate_text(model, lessons.tokenizer, "", 60, temperature=0.7))
@@ -123,8 +124,8 @@ print(
 # What does TPA keep in its cache? In each layer a token has a key for each of its 16 heads: a small matrix $K_t$ with a
 # row for each head and a column for each feature. Ordinary multi-head attention (MHA) caches that matrix, and another
 # one for the values. TPA makes it from **factors**: a vector $a$ that says *which heads*, and a vector $b$ that says
-# *which features*. Multiplied entry by entry ($a \otimes b$, an outer product) the two make a whole matrix, and the mean
-# of $R$ of these is $K_t$. The number $R$ is the **rank**, here 2. Only the factors are cached. Below are those of one
+# *which features*. Every entry of $a$ times every entry of $b$ ($a \otimes b$, an outer product) makes a whole matrix, and
+# the mean of $R$ of these is $K_t$. The number $R$ is the **rank**, here 2. Only the factors are cached. Below are those of one
 # token in the last layer of the model that you have just trained:
 
 # %% tags=["hide-input"]
@@ -222,7 +223,10 @@ looks.table(
 # | $d_c$, $d_R$ | width of MLA's latent and of its rotated key | `d_c`, `d_rope` |
 # | $\theta_j$, $\Theta_t$ | speed of RoPE's plane $j$, and the rotation at position $t$ (the paper writes $T_t$) | `RoPE` |
 #
-# In the shapes of `tpa.py` the first axis, `B`, is the batch.
+# In the shapes of `tpa.py` the first axis, `B`, is the batch. TPA $(6, 2, 2)$ means $(R_Q, R_K, R_V) = (6, 2, 2)$.
+#
+# Units: a cache is counted in numbers per token *and layer* unless said otherwise. GB is $10^9$ bytes, GiB is $2^{30}$;
+# 128k tokens are 131,072; one multiply–add counts as two operations where operations are counted.
 #
 # ## How the exercises work
 #
@@ -273,9 +277,10 @@ checks.ex00_1(numbers_cached_by_mha)
 # | [08](08_train_on_fineweb_edu.ipynb) train on FineWeb-Edu | train, stop, resume, and read curves | |
 # | [09](09_memory_savings.ipynb) memory savings | say what TPA saves on your model, and when it does not | |
 # | [10](10_flash_decode.ipynb) flash decode | write the GPU kernel, and check it on a CPU | |
-# | [11](11_variants.ipynb) variants · [12](12_bring_your_own_model.ipynb) bring your own model | go further | |
-# | [13](13_evaluate.ipynb) evaluate | say what a benchmark number supports | |
-# | [14](14_serving.ipynb) serving | batch, page, round and split a factor cache | |
+# | [11](11_variants.ipynb) variants | tell TPA's relatives apart, and what each gives up | |
+# | [12](12_bring_your_own_model.ipynb) bring your own model | convert a LLaMA exactly, and lower its rank | |
+# | [13](13_evaluate.ipynb) evaluate | score a model on benchmarks, and read the scores with their errors | |
+# | [14](14_serving.ipynb) serving | decide whether TPA can be deployed: ragged batches, pages, 8 bits, several GPUs | |
 #
 # In a hurry: 01, 02, 03, 05 and 09. To reuse the module: copy
 # `tpa_minimal/tpa.py`, which needs only PyTorch, and read 05 to 07.

@@ -216,11 +216,11 @@ looks.table(
 #
 # How close to $K_t$ can a sum of $R$ outer products come? The singular value decomposition answers this:
 #
-# $$K_t = \sum_{r} s_r\; u_r \otimes v_r, \qquad s_1 \ge s_2 \ge \dots \ge 0,$$
+# $$K_t = \sum_{r} \sigma_r\; u_r \otimes v_r, \qquad \sigma_1 \ge \sigma_2 \ge \dots \ge 0,$$
 #
 # with orthonormal $u_r \in \mathbb{R}^h$ and orthonormal $v_r \in \mathbb{R}^{d_h}$. **Keeping the first $R$ terms is
 # the best fit of rank $R$ there is** (Eckart and Young), and what it misses are exactly the dropped terms: its squared
-# error is $\sum_{r>R} s_r^2$.
+# error is $\sum_{r>R} \sigma_r^2$.
 
 # %%
 u, s, vh = torch.linalg.svd(keys[20], full_matrices=False)
@@ -486,6 +486,11 @@ looks.table(
 # $b_r$. One head over the sequence (this is the matrix that a query of that head meets) is made of a *new* pair of
 # vectors at each token, so its rank goes as high as its size allows. The unfoldings, which put all slices of a kind side
 # by side, have the full rank that their shorter side allows. Low rank for each token is not low rank for the text.
+# (Nor does it lower the rank of a head's $T \times T$ table of logits: without RoPE that is a product of a $T \times d_h$ and
+# a $d_h \times T$ matrix, so its rank is at most $d_h$ in MHA and in TPA alike.)
+#
+# Factors are not unique: $(c\,a_r,\; b_r/c)$, or any invertible $R \times R$ mix of the pairs, gives the same matrix. Compare
+# assembled matrices between two runs, never factors.
 #
 # "Low rank" appears in several other methods, and they are easily mixed up. **LoRA** fine-tunes a weight matrix by adding a
 # product of two thin ones (here of rank 2), $W + U V$. Its factors $U$ and $V$ are *weights*: the same for all tokens.
@@ -564,8 +569,8 @@ looks.table(
 # Own factors for each token fit a little better than head factors that are fixed for all; the paper calls the latter
 # *non-contextual A*, trains it too and finds it weaker (small size, zero-shot: 45.03 against 46.21). But by far the
 # best fit of *this* MHA's keys is a fixed subspace across all heads. That suits them: they are linear in $x_t$, which
-# has 96 entries, so all keys lie in 96 dimensions, and 48 are half of what is possible. Whoever wants to convert *this*
-# MHA would look at MLA first. TPA is meant to be trained as TPA. (All this is before RoPE. Rotated keys do not lie in one
+# has 96 entries, so all keys lie in 96 dimensions, and 48 are half of what is possible. To convert *this*
+# MHA, look at MLA first. TPA is meant to be trained as TPA. (All this is before RoPE. Rotated keys do not lie in one
 # such space, as the last row shows. So MLA has to keep its latent unrotated; notebook 03, section 7.)
 
 # %% [markdown]
@@ -732,6 +737,10 @@ looks.show(
 # At this learning rate the model without the division stays far behind: its attention has decided before it has learned
 # what to look at. That is no proof that it cannot be trained; a smaller start, such as the authors', or another rate may
 # do in place of the $1/R$. With App. G's bounds the division is what makes the start gentle.
+#
+# Forget $1/R$ in queries and keys of a *trained* model, and its logits are $R_Q R_K$ times too large; divide twice, and they
+# are as much too small. A model trained from scratch may learn with either, so only a comparison with a reference finds
+# the mistake: test with three *different* ranks, and with an output projection that is not zero.
 #
 # The division costs no generality: in notebook 04 MHA is exactly a TPA whose head factors are fixed, and its constants
 # simply undo the $1/R$.

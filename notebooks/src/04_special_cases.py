@@ -130,10 +130,14 @@ text, _ = lessons.batch("val", 0, batch_size=1, seq_len=64, seed=0)
 inputs = rms_norm(tpa_model.embedding(text))  # what the first block's attention reads
 a_k = tpa_model.blocks[0].attention.project(inputs)[2][0]  # (T, R, h)
 spread = a_k.std(dim=0).mean() / a_k.std()
-print(f"trained TPA: {100 * spread:.0f} % of the spread of a_k is between tokens")
+print(
+    f"trained TPA: the deviation of a_k over tokens is {100 * spread:.0f} % of that over all entries"
+)
 assert spread > 0.5
 
 # %% [markdown]
+# (After so few steps the loss of fixed A is the lower one here. One seed at one rate says nothing more.)
+#
 # The pictures of $A^\top/R$ say it all. Row $i$ tells from which feature factors head $i$ is mixed:
 
 # %% tags=["hide-input"]
@@ -248,7 +252,9 @@ looks.table(header, rows, "Largest difference between a layer and its TPA")
 
 # %% [markdown]
 # Equal to rounding. Since the gradients agree too, the two would also *train* alike, step by step: they are one
-# function of the same weights.
+# function of the same weights. (To rounding: $B$ is divided by $R$ and $A$ multiplied by it, which in bfloat16 leaves every
+# bit as it was only where $R$ is a power of two.) Below $R = h$, or $R = G$ for GQA, it is a fit and no longer exact, and with
+# an $A$ that depends on the token it is another function.
 #
 # `huggingface.mha_to_tpa(layer)` in the package does what `as_tpa` does, and the same file carries over the layers of a
 # LLaMA (notebook 12).
@@ -534,11 +540,11 @@ looks.table(header, rows, "Words recalled, as a fraction, in longer runs")
 # %% [markdown]
 # Many more steps do not change the picture: the contextual layer then recalls everything with each seed, and fixed A is
 # still behind at every rank. What does change it is room. With heads of width 8, constants recall nearly everything with
-# some seeds, even at rank 1, while with another they are still stuck below half after 200 steps; the contextual layer gets
+# some seeds, even at rank 1, while at ranks 1 and 2 with another they are still stuck below half after 200 steps; the contextual layer gets
 # there with all three.
 #
 # Read it for what it is: a task *made* so that the head should depend on the token, one small layer, 200 steps. It
-# shows that contextual A can express something compactly, and learn it quickly, that constants do not. It does not show
+# shows that contextual A can express compactly, and learn quickly, something that constants do not. It does not show
 # that language needs it. On language the paper's ablation (0-shot average, small model) has 46.21 for TPA and 45.03 for
 # non-contextual A; medium: 51.41 against 50.52. Single runs, without error bars.
 #

@@ -139,7 +139,7 @@ print("with is_causal it is", mean.item())
 
 # %% [markdown]
 # About `padding`: prompts of different lengths become one batch by filling the shorter ones up on the left, and
-# `padding` says by how many tokens in each row, which nobody then may look at. Positions need no correction, because
+# `padding` says by how many tokens in each row, which is masked out. (A padding position sees itself, for a softmax over nothing would be not a number.) Positions need no correction, because
 # RoPE sees only differences of positions.
 #
 # The full pass over all 32 tokens is what every way of caching has to reproduce:
@@ -383,7 +383,8 @@ looks.table(header, rows, "Per token and layer; bytes of 3 × 70 tokens in bfloa
 # `nbytes` counts what is cached; the room set aside is for `max_len` tokens from the start.
 #
 # Is that small? It depends on what it is compared with. Here are the real caches of the paper's small models, each
-# with the head count that gives its layer about the same weights; and MHA with as many heads as TPA:
+# with the head count that gives its layer about the same weights; and MHA with as many heads as TPA. "TPA (6, 2, 2)"
+# names the ranks $(R_Q, R_K, R_V)$:
 
 # %% claim="cache-small-models" tags=["nbval-check-output"]
 from functools import partial

@@ -52,7 +52,7 @@ def random_factors(B, T, M, h, d_h, ranks, dtype=torch.float64):
 # ## 1 · What rebuilding costs
 #
 # The factor cache of notebook 05 is small. But if each decode step first assembles $K$ and $V$ of the whole past, it
-# writes and reads tensors of MHA's size at *every* token. Storing little then buys memory and no time:
+# writes and reads tensors of MHA's size at *every* token. Storing little then saves memory but no time:
 
 # %% tags=["nbval-check-output"]
 M, h, d_h = 16_384, 34, 64  # the paper's small model, 16,384 cached tokens, float32
@@ -399,7 +399,7 @@ for block in (1, 4, 5, 16):
 print(f"softmax at once {exact:+.3f}, in blocks {average:+.3f}")
 
 # %% [markdown]
-# The average on the way is the right one *for what has been seen*; at the end it is the right one. The first block
+# After each block the average is exact for the keys seen so far, and so at the end for all of them. The first block
 # needs no special case: $m$ starts at $-\infty$, and $e^{-\infty} = 0$ wipes out the empty sums.
 #
 # ## 6 · Both together: factor_attention
@@ -441,7 +441,8 @@ torch.testing.assert_close(blockwise, expected, rtol=0, atol=1e-12)
 # - **The mask.** Query $t$ is at position start + $t$ and may not see positions ahead of it; `unseen` (notebook 05) says
 #   which. A block may then be masked for a query as a whole, and $-\infty - (-\infty)$ is not a number: so $m$ starts at
 #   the smallest finite number instead.
-# - **Precision.** Sums over 100,000 positions are taken in float32 or wider, whatever the cache is stored in.
+# - **Precision.** Sums over 100,000 positions are taken in float32 or wider, whatever the cache is stored in; and the
+#   largest number of float16 is 65,504, which a score before its scaling can exceed.
 
 # %% tags=["tpa"]
 # {{tpa: factor_attention}}
@@ -641,13 +642,16 @@ looks.show(fig, "Time of a decode step against M for TPA in three ways, MHA and 
 
 # %% [markdown]
 # The table is of the machine that built this notebook, while others used it; take the order, not the digits. Rebuilding is
-# slowest by far. The function that you just built reads 11.1 times fewer bytes than MHA with as many heads, but pays for
+# slowest by far. MHA with 12 heads, the one of equal weights, is ahead of both TPA functions here, although its cache is 3.9
+# times as large. The function that you just built reads 11.1 times fewer bytes than MHA with as many heads, but pays for
 # being readable: it writes its intermediate results to memory. `cpu_decode` does the same sums with less of that. And MQA,
 # which caches least of all, is ahead of what you built: **TPA's promise is quality at a small cache, not the fastest step**
 # (notebooks 08 and 10 look at both halves of that sentence).
 
 # %% tags=["nbval-check-output"]
-print(f"34 heads: MHA caches {2 * 34 * 64 / (4 * (34 + 64)):.1f} times what TPA caches")
+for heads in (34, 12):
+    ratio = 2 * heads * 64 / (4 * (34 + 64))
+    print(f"MHA with {heads} heads caches {ratio:.1f} times what TPA caches")
 
 # %% [markdown]
 # **Many queries.** With $T$ queries against $M$ keys factor space computes every one of its products $T$ times, while
@@ -763,9 +767,9 @@ checks.ex06_1(merge)
 
 # %% [markdown]
 # ### Exercise 06.2 · Which order needs less arithmetic? (★★☆, 10 minutes)
-# Section 4 gave two ways to the logits: P first (Algorithm 1), or the queries assembled first. For which ranks R_Q is
+# Section 4 gave two ways to the logits: P first (Algorithm 1), or the queries assembled first. For which ranks $R_Q$ is
 # P first cheaper, in multiply–adds per cached token? Return `"P first"` or `"queries first"`; where both cost the same,
-# P first is not cheaper. First convince yourself that R_K does not matter.
+# P first is not cheaper. First convince yourself that $R_K$ does not matter.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -803,7 +807,7 @@ checks.ex06_2(cheaper_order)
 
 # %% [markdown]
 # ### Exercise 06.3 · The most that arithmetic allows (★★☆, 10 minutes)
-# What is the largest R_Q for which Algorithm 1 needs *fewer* multiply–adds than MHA with the same heads (Eq. A.4)?
+# What is the largest $R_Q$ for which Algorithm 1 needs *fewer* multiply–adds than MHA with the same heads (Eq. A.4)?
 # Return 0 if there is none. Then look at what your function says for `rank_v = 2`, and explain it in one sentence.
 #
 # <details><summary>Hint 1</summary>

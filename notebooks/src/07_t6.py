@@ -84,7 +84,7 @@ print("a vector of zeros gives", F.rms_norm(torch.zeros(4), (4,)).tolist())
 # %% [markdown]
 # LLaMA multiplies the result by a learned gain $g$, one number per feature. The authors' T6 does not, and in its blocks
 # nothing is lost in what a layer can express: a gain in front of a linear map $W$ can be folded into it,
-# $W(g \odot n) = (W\,\mathrm{diag}\,g)\,n$, and there a linear map always follows. (The last norm is an exception: its matrix is the embedding, which
+# $W(g \odot n) = (W\,\mathrm{diag}\,g)\,n$ with $\odot$ for multiplying entry by entry, and there a linear map always follows. (The last norm is an exception: its matrix is the embedding, which
 # is used at the input too, so a gain could not be folded in.)
 
 # %%
@@ -103,7 +103,7 @@ torch.testing.assert_close(F.linear(g * n, W), F.linear(n, W * g), rtol=1e-4, at
 #
 # $$
 # \mathrm{SwiGLU}(x) = W_\text{down}\,\bigl(\mathrm{silu}(W_\text{gate}\,x) \odot W_\text{up}\,x\bigr),
-# \qquad \mathrm{silu}(z) = z\,\sigma(z)
+# \qquad \mathrm{silu}(z) = z\,\sigma(z), \quad \sigma(z) = \frac{1}{1 + e^{-z}}
 # $$
 #
 # In words: widen twice, pass one copy through silu, multiply the two entry by entry, narrow again.
@@ -175,7 +175,8 @@ assert torch.equal(block(x), x)
 # ## 5 · From token to logits
 #
 # The embedding has one row per vocabulary entry. T6 uses the same rows again at the end: the logit of a word is the scalar
-# product of the final, normalized vector with that word's row. The sharing is called *weight tying*. At the small size it
+# product of the final, normalized vector with that word's row. The sharing is called *weight tying*. There are 50,304 rows
+# at the paper's sizes: GPT-2's 50,257 tokens, rounded up to a multiple of 128; the rest are never a target. At the small size it
 # matters:
 
 # %%
@@ -218,8 +219,8 @@ looks.table(header, rows, "Probabilities, most likely token first")
 # **The loop.** Without a cache, each step runs the model over the whole text so far. With one, the prompt is run once
 # (*prefill*), and from then on each step feeds only the token just drawn (*decode*). In code the two differ only in
 # what is passed in, `tokens` or `new`, because the cache knows its own length. Taking `x[:, -1]` *before* the output layer saves
-# a product of the whole prompt with every row of the vocabulary. All questions that can be answered "no" are asked before
-# any work is done: an empty prompt, a text longer than `max_len`, a negative temperature.
+# a product of the whole prompt with every row of the vocabulary. Every check that can refuse the call comes
+# first: an empty prompt, a text longer than `max_len`, a negative temperature.
 
 # %% tags=["tpa"]
 # {{tpa: T6}}
@@ -229,7 +230,7 @@ looks.table(header, rows, "Probabilities, most likely token first")
 # cache per layer, and `generate` is the loop with the two controls. Two lines of `hidden` need a word. All layers rotate
 # by the same angles, so the tables of cosines and sines are made **once per call** and handed to every layer as `rope`.
 # And `padding` says for each prompt of a batch by how many tokens it was filled up on the left; `hidden` passes it on, and
-# attention (`unseen`, notebook 05) lets nobody look at them. The model as just made, greedy:
+# attention masks them out (`unseen`, notebook 05). The model as just made, greedy:
 
 # %%
 model = T6(config)
@@ -569,9 +570,9 @@ print(f"{numbers[1] / numbers[0]:.1f} times")
 # ## Exercises
 #
 # ### Exercise 07.1 · A budget for another layer (★★☆, 10 minutes)
-# A variant of TPA shares the feature factors of keys and values: B_K = B_V before the rotation, so only one of the two
-# is computed, and R_K = R_V = R (head factors stay separate; queries and output projection are as in TPA). How many heads
-# give this layer the 4·d_model² weights of MHA? Return the nearest whole number. Write down its weights first.
+# A variant of TPA shares the feature factors of keys and values: $B_K = B_V$ before the rotation, so only one of the two
+# is computed, and $R_K = R_V = R$ (head factors stay separate; queries and output projection are as in TPA). How many heads
+# give this layer the $4\,d_\text{model}^2$ weights of MHA? Return the nearest whole number. Write down its weights first.
 #
 # <details><summary>Hint 1</summary>
 #

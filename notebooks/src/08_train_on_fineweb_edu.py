@@ -30,7 +30,8 @@ import numpy as np
 from IPython.display import Markdown, display
 
 from tpa_minimal.course import checks, looks
-from tpa_minimal.experiments import compare, data, generate, train
+from tpa_minimal.experiments import compare, data, generate, metrics, models, train
+from tpa_minimal.experiments.settings import find_attention
 
 looks.style()
 FULL = os.environ.get("TPA_FULL") == "1"
@@ -139,7 +140,7 @@ settings = dict(preset="tiny", batch_size=8, seq_len=128, lr=4e-3, device=device
 if not FULL:  # a model for half a minute on a CPU: 2 layers of 16 heads of width 16
     settings["changes"] = dict(n_layer=2, d_model=64, n_head=16, d_head=16)
 own = train.TrainConfig(**settings, attention="tpa")
-model = train.build_model(own, tokens.vocab_size)
+model = models.build_model(own, tokens.vocab_size)
 for group in train.new_optimizer(model, lr=4e-3).param_groups:
     count, weights = len(group["params"]), sum(p.numel() for p in group["params"])
     print(f"decay {group['weight_decay']}: {count} tensors, {weights:,} weights")
@@ -235,7 +236,7 @@ print(f"held-out loss from {first:.2f} to {last:.2f}")
 
 # %% tags=["hide-input"]
 fig, ax = plt.subplots()
-train.plot_losses(ax, result.metrics)
+metrics.plot_losses(ax, result.metrics)
 levels = ((know_nothing, "knows nothing"), (know_frequencies, "knows frequencies"))
 for level, text in levels:
     ax.axhline(level, color="black", linestyle=":", linewidth=1.2)
@@ -339,7 +340,7 @@ checks.ex08_3(losses_would_differ)
 # A checkpoint knows its configuration and its tokenizer.
 
 # %%
-loaded = train.load_checkpoint(runs / "tpa", device)
+loaded = models.load_checkpoint(runs / "tpa", device)
 prompt = tokens.tokenizer.decode(tokens.val[:16].tolist())
 print(
     f"[{prompt}]" + generate.generate_text(loaded.model, loaded.tokenizer, prompt, 100)
@@ -354,7 +355,7 @@ from tpa_minimal.tpa import T6
 
 c, caches = loaded.model.config, {}
 for name in ("tpa", "mha"):  # the same configuration, and so the same heads
-    model = T6(c, train.ATTENTIONS[name]).to(device)
+    model = T6(c, find_attention(name)).to(device)
     cache = model.new_cache(1)
     with torch.no_grad():
         model(torch.zeros(1, 128, dtype=torch.long, device=device), cache)
@@ -375,7 +376,7 @@ for name, numbers in per_layer.items():
 # %% claim="app-h-equal-parameters"
 for name in ("tpa", "mha"):
     own = train.TrainConfig(**settings, attention=name)
-    model = train.build_model(own, tokens.vocab_size)
+    model = models.build_model(own, tokens.vocab_size)
     layer = sum(p.numel() for p in model.blocks[0].attention.parameters())
     heads = model.config.n_head
     print(f"{name}: {heads:2} heads, {layer:,} weights in an attention layer")

@@ -404,7 +404,7 @@ looks.table(header, rows, "Two models that cache little already")
 # Of TPA only rank 1 is below DeepSeek-V3's latent, by a ninth; rank 2 nearly doubles it.
 #
 # **Where fewer bits are enough.** The shipped cache of Llama 3 70B takes 21.5 GB for 128k tokens in 8 bits and 10.7 GB
-# in 4 bits, and nothing has to be trained again. (TPA's factors can be stored so too: [notebook 14](14_serving.ipynb).)
+# in 4 bits, and nothing has to be trained again. ([Notebook 14](14_serving.ipynb) does the same with TPA's factors.)
 
 # %% tags=["nbval-check-output"]
 for dtype in ("int8", "int4"):
@@ -744,7 +744,7 @@ checks.ex09_1(tpa_cache_bytes)
 
 # %% [markdown]
 # ### Exercise 09.2 · The largest rank that still pays (★☆☆, 10 minutes)
-# A model ships `n_kv_head` shared heads. Return the largest rank R = R_K = R_V at which TPA caches at least `times`
+# A model ships `n_kv_head` shared heads. Return the largest rank $R = R_K = R_V$ at which TPA caches at least `times`
 # times less than it does, and 0 if not even rank 1 does. (`times` may be a fraction.)
 #
 # <details><summary>Hint 1</summary>

@@ -25,8 +25,8 @@
 #
 # The language for such programs is [Triton](https://triton-lang.org): Python functions that are compiled for the GPU.
 # It also has an **interpreter**, which runs the same functions on a CPU, slowly, and in float32 with the same results to
-# rounding (to bfloat16 it cuts digits off where a GPU rounds). It must be chosen before Triton is imported, so that is
-# our first step. We take it, too, on GPUs of compute capability below 8, such as Colab's T4: Triton has no matrix units
+# rounding (to bfloat16 it truncates where a GPU rounds). It must be chosen before Triton is imported, so that is
+# our first step. We also use it on GPUs of compute capability below 8, such as Colab's T4: Triton has no matrix units
 # there. (Triton comes with PyTorch for CUDA on Linux; elsewhere there may be no package for your system, and this
 # notebook can only be read.)
 
@@ -414,7 +414,7 @@ assert difference <= 1e-4 * before.abs().max()
 # ## 7 · What was measured
 #
 # `python -m tpa_minimal bench decode` times all mechanisms in one run: attention alone, one new token, batch 1, random
-# numbers in a full cache. One mechanism is in memory at a time, and all come in turns, several times over. The package
+# numbers in a full cache, 32 heads of width 64 in float32. So heads are equal, *not* weights. One mechanism is in memory at a time, and all come in turns, several times over. The package
 # carries one such result, `tpa_minimal/experiments/results/bench_decode.json`, from the machine that the cell names; the
 # same command gives yours. On a CPU our function is `cpu_decode.factor_attention`, which is tuned for it.
 
@@ -443,7 +443,7 @@ least = [fastest["TPA (16, 1, 1)", M]["bytes"] / speed for M in contexts]
 ax.plot(contexts, least, "k:", lw=1, label="reading the rank-1 factors")
 ax.set(yscale="log", xlabel="context, tokens", ylabel="milliseconds (median)")
 ax.set_xscale("log", base=2)
-ax.set_title("On a CPU TPA decodes several times faster than MHA")
+ax.set_title("On this CPU TPA decodes several times faster than MHA with as many heads")
 ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 looks.show(
     fig,
@@ -474,7 +474,9 @@ for name in names:
 # checked in the interpreter and compiled for several GPUs, and their speed has not been measured: the interpreter's time
 # means nothing. On a machine with a CUDA device `python -m tpa_minimal bench decode --device cuda` measures them beside
 # PyTorch, and `python -m tpa_minimal bench device --out DIR` checks and measures all that this course has for GPUs. The
-# paper's own measurements of speed (its Sec. 6.2) are from GPUs, with ranks (16, 1, 1) and contexts from 2¹² to 2¹⁹.
+# paper's own measurements of speed (its Sec. 6.2) are from GPUs, with ranks (16, 1, 1), $d_h = 64$ and contexts from $2^{12}$
+# to $2^{19}$. From about $2^{14}$ cached tokens on they show TPA ahead of MHA, MQA and GQA, and level with MLA or ahead of it. The
+# paper's quality results are for other ranks, (6, 2, 2).
 #
 # ## Exercises
 #
@@ -573,7 +575,7 @@ checks.ex10_2(least_ms)
 # - **b** Cutting the cache into more splits changes the result by no more than rounding.
 # - **c** If the mask's logit for positions beyond the end were 0 instead of −∞, results would change even if all factors
 #   there are loaded as 0.
-# - **d** Doubling R_Q doubles the time to decode against a long cache.
+# - **d** Doubling $R_Q$ doubles the time to decode against a long cache.
 # - **e** A program under the flat part of the roofline gets faster if its cache is stored in half the bytes and the
 #   arithmetic stays the same.
 #

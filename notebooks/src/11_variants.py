@@ -160,12 +160,12 @@ print(
 #
 # ## Fixed B: a few curves of distance
 #
-# Now the other way round: each token brings only *which heads*, and the feature vectors $b_{q,r}$ and $b_{k,s}$ are
+# Now the other way round: each token brings only *which heads*, and the feature vectors $b_{q,r}$ and $b_{k,u}$ are
 # constants of the layer. They are still rotated to their positions, so their products depend on distance alone:
 #
-# $$ \langle b_{q,r}\,T_t,\; b_{k,s}\,T_m\rangle = b_{q,r}\,T_{t-m}\,b_{k,s}^\top =: \kappa_{rs}(t-m) . $$
+# $$ \langle b_{q,r}\,\Theta_t,\; b_{k,u}\,\Theta_s\rangle = b_{q,r}\,\Theta_{t-s}\,b_{k,u}^\top =: \kappa_{ru}(t-s) . $$
 #
-# A logit is $\sum_{rs} a_{q,r}(x_t)\,a_{k,s}(x_m)\,\kappa_{rs}(t-m)$: whatever the tokens say, their influence on each
+# A logit is $\sum_{ru} a_{q,r}(x_t)\,a_{k,u}(x_s)\,\kappa_{ru}(t-s)$: whatever the tokens say, their influence on each
 # other follows $R_Q R_K$ fixed curves. Here are those of a fresh layer.
 
 # %% tags=["hide-input"] claim="app-g-fixed-b"
@@ -266,12 +266,12 @@ print(
 # ## Third order: factor the features again
 #
 # A feature vector of width $d_h = d_b d_c$ can itself be an outer product, $\mathrm{vec}(b_r\otimes c_r)$ with $b_r$ of
-# width $d_b$ and $c_r$ of width $d_c$. Then a row costs $d_b+d_c$ numbers instead of $d_b d_c$, least at
+# width $d_b$ and $c_r$ of width $d_c$ (here the width of $c_r$, not MLA's latent). Then a row costs $d_b+d_c$ numbers instead of $d_b d_c$, least at
 # $d_b\approx d_c\approx\sqrt{d_h}$: 16 instead of 64. vec stacks columns, so feature $j\,d_b+i$ is $b_i c_j$.
 #
 # And RoPE? Theorem C.1: rotating $b_r$ alone *is* a rotary embedding of the product, with the block matrix
-# $I_{d_c}\otimes R_t$ in the place of $T_t$. The proof is one line: column $j$ of $(b\,R_t)\otimes c$ is $c_j\,b\,R_t$,
-# so $R_t$ acts on each of the $d_c$ blocks of vec alike. Here it is with explicit matrices:
+# $I_{d_c}\otimes \Theta'_t$ in the place of $\Theta_t$, where $\Theta'_t$ rotates $d_b$ features. The proof is one line: column $j$ of
+# $(b\,\Theta'_t)\otimes c$ is $c_j\,b\,\Theta'_t$, so $\Theta'_t$ acts on each of the $d_c$ blocks of vec alike. Here it is with explicit matrices:
 
 # %% claim="theorem-c1"
 d_b, d_c, t = 4, 3, 7

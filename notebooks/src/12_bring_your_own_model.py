@@ -72,10 +72,14 @@ print(
 # | output layer of its own | the embedding again | a subclass, `LlamaT6` |
 # | norms and rotary tables in float32, always | as wide as the model | doing the same, if asked to compare in float64 |
 #
-# The first is the prettiest. Write $x T_t$ for our rotation; LLaMA has $x T_t^\top$. With $D$ the diagonal matrix of
-# $+1$ on the first half of a head's features and $-1$ on the second, $D\,T_t\,D = T_t^\top$: mirroring, rotating and
+# The first is the prettiest. Write $x\,\Theta_t$ for our rotation; LLaMA has $x\,\Theta_t^\top$. With $D$ the diagonal matrix of
+# $+1$ on the first half of a head's features and $-1$ on the second, $D\,\Theta_t\,D = \Theta_t^\top$: mirroring, rotating and
 # mirroring back rotates the other way. So feed our RoPE mirrored queries and keys. The mirror cancels in
 # $(q D)(k D)^\top = q k^\top$.
+#
+# One trap outside of all this: weights in transformers' format pair feature $i$ with $i + d_h/2$, as we do. Meta's original
+# files interleave the pairs. Convert them with transformers' script first: the wrong layout raises no error and gives
+# wrong logits from the second token on.
 
 # %% claim="llama-rotation"
 x = torch.randn(1, 5, 3, 8, dtype=torch.float64)
@@ -140,9 +144,11 @@ if have_transformers:
             assert (error < 1e-9) == in_float32
 
 # %% [markdown]
-# What has no place in a T6 is refused, not dropped: biases, adapters that are not merged, layers of a class of one's
-# own, a window of attention shorter than the text. Mistral and Qwen2 are LLaMA with a window and with biases, and
-# convert where they have neither.
+# What has no place in a T6 is refused, not dropped: biases, adapters that are not merged, custom layer classes, a window
+# of attention shorter than the text, and architectures with more parts, such as Qwen3's norms of queries and keys. Mistral
+# and Qwen2 are LLaMA with a window and with biases, and convert if they have neither. RoPE of the types default, linear,
+# llama3 and yarn is carried over; types whose frequencies change with the length of the text are refused, since rotated
+# factors in a cache cannot follow.
 
 # %%
 if have_transformers:
@@ -178,7 +184,7 @@ if have_transformers:
 
 # %% [markdown]
 # Why does padding on the left change nothing? The padding is masked, and it moves all of a row's positions by the same
-# amount, of which RoPE sees nothing. Packed texts, holes in the mask and positions of one's own are another matter: T6
+# amount, of which RoPE sees nothing. Packed texts, holes in the mask and custom position ids are another matter: T6
 # counts one by one, and so the wrapper refuses them.
 #
 # The cache in there is a `FactorCache` per layer. Here is what beam search holds of one layer.
@@ -247,7 +253,7 @@ assert all(torch.equal(back[name], weight) for name, weight in ours.items())
 
 # %% [markdown]
 # One thing does not carry over, on purpose: their rotary tables are rounded to bfloat16 (notebook 03), ours are not.
-# Against their code with float32 tables the logits agree to about 1e-5.
+# (We compared with their code, its tables made in float32: logits agree to about $10^{-5}$. Their code is not run here.)
 #
 # ## Down in rank
 #

@@ -13,6 +13,8 @@ import pytest
 from scipy import stats
 
 from tpa_minimal.experiments import compare, generate, train
+from tpa_minimal.experiments.models import equal_parameters
+from tpa_minimal.experiments.settings import ATTENTIONS
 from tpa_minimal.files import FileError
 from tpa_minimal.tpa import T6, T6Config
 
@@ -42,12 +44,12 @@ def test_cells_have_the_parameters_asked_for(preset):
     cells = compare.cells(preset)
     assert len(cells) == 6 + 2 + 8
     for name, cell in cells.items():
-        own = train.equal_parameters(cell.attention, T6Config.preset(preset, **cell.changes))
-        layer = train.ATTENTIONS[cell.attention](own)
+        own = equal_parameters(cell.attention, T6Config.preset(preset, **cell.changes))
+        layer = ATTENTIONS[cell.attention](own)
         found = sum(p.numel() for p in layer.parameters())
         assert found == compare.layer_of(cell.attention, own).parameters
         if name == "tpa-heads-of-mha":
-            assert own.n_head == train.equal_parameters("mha", config).n_head and found < budget
+            assert own.n_head == equal_parameters("mha", config).n_head and found < budget
         else:
             sizes = ({**cell.changes, "n_head": n} for n in (own.n_head - 2, own.n_head + 2))
             others = (compare.layer_of(cell.attention, T6Config.preset(preset, **changes)) for changes in sizes)
@@ -234,8 +236,8 @@ def test_what_is_no_row_is_refused_in_one_line(tmp_path, junk, message, capsys):
 def test_a_second_command_on_the_same_file_is_refused_until_the_first_is_killed(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     hold = (
-        "import pathlib, sys, time; from tpa_minimal.experiments import checkpoint\n"
-        "with checkpoint.locked(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "import pathlib, sys, time; from tpa_minimal.experiments import processes\n"
+        "with processes.locked(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     first = subprocess.Popen([sys.executable, "-c", hold, f"{out}.runs"], stdout=subprocess.PIPE, text=True)
     try:
@@ -353,7 +355,7 @@ def test_published_rows(name):
         if key not in models:
             cell = compare.cells(row["preset"])[row["cell"]]
             config = T6Config.preset(row["preset"], vocab_size=row["vocab_size"], **cell.changes)
-            model = T6(train.equal_parameters(cell.attention, config), train.ATTENTIONS[cell.attention])
+            model = T6(equal_parameters(cell.attention, config), ATTENTIONS[cell.attention])
             models[key] = (
                 model.config.n_head,
                 model.num_parameters(),

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -267,6 +268,8 @@ def test_cutting_changes_no_token():
 
     tokenizer = load_tokenizer("lessons")
     text = "".join(one for one, _ in (next(lessons.documents(seed)) for seed in range(60)))
+    draw = random.Random(0)
+    text += "".join(draw.choice(["a", "1", "'", ".", "é", "\n", "\t", " b", " b", " b", "  "]) for _ in range(20_000))
     whole = tokenizer.encode_ordinary(text)
     for most in (50, 97, 1000):
         pieces = sources.cut(text, most)

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tpa_minimal.baselines import MultiHeadAttention
-from tpa_minimal.experiments import checkpoint, data, generate, train
+from tpa_minimal.experiments import checkpoint, data, generate, metrics, models, settings, train
 from tpa_minimal.experiments.train import SettingError, TrainConfig, TrainError
 from tpa_minimal.tpa import T6, T6Config
 
@@ -124,11 +125,11 @@ def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path):
     token_data = result.data
     changes = {"vocab_size": token_data.vocab_size, **MICRO.changes}
     model = T6(T6Config.preset("tiny", **changes))
-    model.load_state_dict(train.build_model(result.settings, token_data.vocab_size).state_dict())
+    model.load_state_dict(models.build_model(result.settings, token_data.vocab_size).state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(9):
         if step in (0, 3, 6, 8):
-            batches = token_data.validation_batches(4, 16, train.EVAL_TOKENS // 64)
+            batches = token_data.validation_batches(4, 16, settings.EVAL_TOKENS // 64)
             pairs = [(x, y) for inputs, targets in batches for x, y in zip(inputs, targets)]
             losses = [F.cross_entropy(model(x[None])[0], y).item() for x, y in pairs]
             assert result.metrics[step]["val_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
@@ -170,7 +171,7 @@ def test_a_run_leaves_the_callers_random_numbers_alone(tmp_path):
 
 def test_accumulation_changes_nothing_but_rounding(undisturbed, tmp_path):
     parts = run(tmp_path / "parts", accumulation=4)
-    for row, expected in zip(parts.metrics, train.read_metrics(undisturbed[0]), strict=True):
+    for row, expected in zip(parts.metrics, metrics.read_metrics(undisturbed[0]), strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
 
 
@@ -187,18 +188,65 @@ def _one_of_two(rank, config):
     train.train(config, progress=False)
 
 
-def test_two_processes_give_the_losses_of_one(undisturbed, tmp_path):
+def two_processes(target, *each):
+    """Start target(rank, *each[rank]) in two processes, as torchrun would; returns them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    config = replace(MICRO, out=tmp_path / "two", accumulation=2)
     torchrun = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    processes = [in_child(_one_of_two, rank, config, **torchrun) for rank in range(2)]
-    for process in processes:
+    return [in_child(target, rank, *what, **torchrun) for rank, what in enumerate(each)]
+
+
+def test_two_processes_give_the_losses_of_one(undisturbed, tmp_path):
+    config = replace(MICRO, out=tmp_path / "two", accumulation=2)
+    for process in two_processes(_one_of_two, (config,), (config,)):
         process.join(120)
         assert process.exitcode == 0
-    for row, expected in zip(train.read_metrics(tmp_path / "two"), train.read_metrics(undisturbed[0]), strict=True):
+    for row, expected in zip(metrics.read_metrics(tmp_path / "two"), metrics.read_metrics(undisturbed[0]), strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
+
+
+def _one_of_two_by_command(rank, options):
+    os.environ["RANK"] = str(rank)
+    sys.exit(train.main(options))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGTERM")
+def test_two_processes_that_are_terminated_save_and_end_with_the_same_status(tmp_path):
+    options = "--data lessons --tokens 20000 --steps 100000 --batch-size 2 --seq-len 8 --device cpu".split()
+    options += ["--out", str(tmp_path / "run"), "--set", "n_layer=1", "--set", "d_model=16"]
+    processes = two_processes(_one_of_two_by_command, (options,), (options,))
+    for _ in range(600):
+        if (tmp_path / "run/metrics.jsonl").exists() and len(metrics.read_metrics(tmp_path / "run")) > 3:
+            break
+        time.sleep(0.1)
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [128 + signal.SIGTERM] * 2
+    step = int(checkpoint.latest_checkpoint(tmp_path / "run").name[11:])
+    assert len(metrics.read_metrics(tmp_path / "run")) == step > 3
+
+
+def _refused(rank, config, said):
+    os.environ["RANK"] = str(rank)
+    try:
+        train.train(config, progress=False)
+    except SettingError as error:
+        said.put(str(error))
+
+
+def test_processes_that_do_not_see_the_same_checkpoint_are_refused(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "first")
+    said = children.SimpleQueue()
+    configs = [replace(MICRO, out=tmp_path / name, resume=True) for name in ("first", "second")]
+    for process in two_processes(_refused, *((config, said) for config in configs)):
+        process.join(60)
+        assert process.exitcode == 0
+    for _ in range(2):
+        assert "not all processes find the same checkpoint there; put it on a disk that all" in said.get()
+    assert (tmp_path / "first/metrics.jsonl").read_text() == undisturbed[1]
 
 
 # --------------------------------------------------------------------------------------- interrupted and killed
@@ -283,7 +331,7 @@ def test_a_signal_saves_and_stops_and_the_run_continues_to_the_same_lines(number
     continued = run(tmp_path / "run", resume=True)
     assert (continued.stopped_by, continued.step) == (0, 8)
     assert (tmp_path / "run/metrics.jsonl").read_text() == undisturbed[1]
-    assert continued.metrics == train.read_metrics(undisturbed[0])
+    assert continued.metrics == metrics.read_metrics(undisturbed[0])
 
 
 def test_a_line_that_was_cut_off_and_lines_after_the_checkpoint_are_written_anew(undisturbed, tmp_path, monkeypatch):
@@ -449,12 +497,12 @@ def test_compile_says_in_one_line_that_there_is_no_compiler(tmp_path, monkeypatc
 def test_a_checkpoint_gives_back_the_model_and_executes_nothing(undisturbed):
     out, _ = undisturbed
     assert {path.suffix for path in (out / "checkpoint-00000008").iterdir()} == {".safetensors", ".json"}
-    loaded = train.load_checkpoint(out)
+    loaded = models.load_checkpoint(out)
     assert loaded.step == 8 and loaded.settings.preset == "tiny" and loaded.tokenizer.name == "lessons"
     again = run(out, resume=True)
     tokens = torch.arange(12).view(1, -1)
     assert torch.equal(loaded.model(tokens), again.model(tokens))
-    same = train.load_checkpoint(out / "checkpoint-00000008")
+    same = models.load_checkpoint(out / "checkpoint-00000008")
     assert torch.equal(same.model(tokens), loaded.model(tokens))
 
 
@@ -485,7 +533,7 @@ def test_a_state_that_cannot_be_is_named(change, undisturbed, tmp_path):
     shutil.copytree(undisturbed[0], tmp_path / "run")
     file = tmp_path / "run/checkpoint-00000008/state.json"
     file.write_text(json.dumps(STATES[change](json.loads(file.read_text()))))
-    with pytest.raises(SettingError, match=r"state\.json cannot be read .*delete this checkpoint's folder"):
+    with pytest.raises(SettingError, match=r"state\.json: cannot be read .*delete this checkpoint's folder"):
         run(tmp_path / "run", resume=True)
 
 
@@ -508,7 +556,7 @@ def test_other_folders_are_no_checkpoints(undisturbed, tmp_path):
     shutil.copytree(undisturbed[0], tmp_path / "run")
     for name in ("checkpoint-²", "checkpoint-", "checkpoint-9x"):
         (tmp_path / "run" / name).mkdir()
-    assert train.latest_checkpoint(tmp_path / "run").name == "checkpoint-00000008"
+    assert checkpoint.latest_checkpoint(tmp_path / "run").name == "checkpoint-00000008"
 
 
 def test_the_checkpoint_of_another_configuration_is_named(undisturbed, tmp_path):
@@ -526,11 +574,11 @@ def test_the_checkpoint_of_another_configuration_is_named(undisturbed, tmp_path)
 
 def test_there_must_be_a_checkpoint_to_load(tmp_path):
     with pytest.raises(SettingError, match="holds no checkpoint; train with --out"):
-        train.load_checkpoint(tmp_path)
+        models.load_checkpoint(tmp_path)
 
 
 def test_text_is_generated_from_any_prompt_and_any_weights(undisturbed):
-    model, tokenizer, *_ = train.load_checkpoint(undisturbed[0])
+    model, tokenizer, *_ = models.load_checkpoint(undisturbed[0])
     text = generate.generate_text(model, tokenizer, "The lamp is red.", 30, seed=1)
     assert text == generate.generate_text(model, tokenizer, "The lamp is red.", 30, seed=1) != ""
     assert text != generate.generate_text(model, tokenizer, "The lamp is red.", 30, seed=2)
@@ -538,7 +586,7 @@ def test_text_is_generated_from_any_prompt_and_any_weights(undisturbed):
     generate.generate_text(padded, tokenizer, "", 50, top_k=None)
 
 
-@pytest.mark.parametrize("attention", train.ATTENTIONS)
+@pytest.mark.parametrize("attention", settings.ATTENTIONS)
 def test_every_attention_trains_with_the_parameters_and_the_cache_of_its_formula(attention, tmp_path):
     changes = dict(n_layer=2, d_model=32, n_head=16, d_head=8)
     result = run(tmp_path / "run", attention=attention, steps=2, changes=changes)
@@ -598,7 +646,7 @@ def test_a_wrong_option_is_one_line_and_status_2(options, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("where", ["data.prepare", "generate.generate_text"])
+@pytest.mark.parametrize("where", ["data.prepare", "report.generate_text"])
 def test_a_signal_outside_the_steps_is_one_line_and_a_status_too(number, status, where, tmp_path, capsys, monkeypatch):
     def interrupted(*_, **__):
         signal.raise_signal(number)
@@ -632,20 +680,20 @@ def test_ctrl_c_ends_the_command_with_130_and_how_to_continue(tmp_path, capsys, 
 
 def test_the_backbones_weights_are_the_same_for_every_attention():
     """So that a difference between two mechanisms is the mechanism's: runs of a seed are paired."""
-    settings, _ = train.settle(replace(MICRO, out="runs/none"))
-    models = {
-        name: train.build_model(replace(settings, attention=name), 300) for name in ("tpa", "tpa-kv-only", "mha", "gqa")
+    settled, _ = settings.settle(replace(MICRO, out="runs/none"))
+    drawn = {
+        name: models.build_model(replace(settled, attention=name), 300) for name in ("tpa", "tpa-kv-only", "mha", "gqa")
     }
     backbones = [
         {key: value for key, value in model.state_dict().items() if ".attention." not in key}
-        for model in models.values()
+        for model in drawn.values()
     ]
     for backbone in backbones[1:]:
         assert all(torch.equal(backbone[key], backbones[0][key]) for key in backbones[0])
-    other = train.build_model(replace(settings, seed=1), 300)
-    assert not torch.equal(other.embedding.weight, models["tpa"].embedding.weight)
-    layers = [block.attention.factor_proj.weight for block in train.build_model(
-        replace(settings, changes={**MICRO.changes, "n_layer": 2}), 300).blocks]  # fmt: skip
+    other = models.build_model(replace(settled, seed=1), 300)
+    assert not torch.equal(other.embedding.weight, drawn["tpa"].embedding.weight)
+    layers = [block.attention.factor_proj.weight for block in models.build_model(
+        replace(settled, changes={**MICRO.changes, "n_layer": 2}), 300).blocks]  # fmt: skip
     assert not torch.equal(*layers)
 
 
@@ -653,14 +701,14 @@ def test_fields_of_the_configuration_can_be_set(tmp_path):
     options = "--data lessons --tokens 20000 --steps 1 --batch-size 2 --seq-len 8 --device cpu"
     changes = "--set n_layer=1 --set rank_k=1 --set init=authors"
     assert train.main(["--out", str(tmp_path / "run"), *options.split(), *changes.split()]) == 0
-    config = train.load_checkpoint(tmp_path / "run").model.config
+    config = models.load_checkpoint(tmp_path / "run").model.config
     assert (config.n_layer, config.rank_k, config.rank_v, config.init) == (1, 1, 2, "authors")
 
 
 @pytest.mark.parametrize("text", ["rank_k", "colour=3", "rank_k=two"])
 def test_a_field_that_cannot_be_set_is_named(text, tmp_path):
     with pytest.raises(SettingError, match=f"--set {text}"):
-        train.settle(replace(MICRO, out=tmp_path / "run", set=(text,)))
+        settings.settle(replace(MICRO, out=tmp_path / "run", set=(text,)))
 
 
 def test_a_run_starts_from_another_models_weights_and_resumes(undisturbed, tmp_path):
@@ -668,7 +716,7 @@ def test_a_run_starts_from_another_models_weights_and_resumes(undisturbed, tmp_p
     changes = dict(init_from=source, steps=4, lr=1e-4)
     result = run(tmp_path / "run", **changes)
     assert result.metrics[0]["train_loss"] < json.loads(undisturbed[1].splitlines()[0])["train_loss"] - 0.1
-    loaded = train.load_checkpoint(tmp_path / "run")
+    loaded = models.load_checkpoint(tmp_path / "run")
     assert torch.equal(loaded.model.embedding.weight, result.model.embedding.weight)
     assert run(tmp_path / "run", resume=True, **changes).metrics == result.metrics
     with pytest.raises(SettingError, match="--init-from .*no/such"):
@@ -692,10 +740,10 @@ def test_a_layer_of_ones_own_trains_and_resumes(tmp_path, monkeypatch):
     name = f"{__name__}:OwnAttention"
     whole = run(tmp_path / "whole", attention=name, steps=3)
     assert type(whole.model.blocks[0].attention).__name__ == "OwnAttention"
-    loaded = train.load_checkpoint(tmp_path / "whole", attention=name)
+    loaded = models.load_checkpoint(tmp_path / "whole", attention=name)
     assert type(loaded.model.blocks[0].attention).__name__ == "OwnAttention"
     with pytest.raises(SettingError, match="was trained with .*OwnAttention"):  # no file chooses what is imported
-        train.load_checkpoint(tmp_path / "whole")
+        models.load_checkpoint(tmp_path / "whole")
     with pytest.raises(SettingError, match="add --attention .*OwnAttention"):
         train.train(TrainConfig(out=tmp_path / "whole", resume=True, device="cpu"), progress=False)
     assert run(tmp_path / "whole", attention=name, steps=3, resume=True).metrics == whole.metrics
@@ -762,7 +810,7 @@ def test_a_huge_model_in_a_state_is_refused_before_it_is_built(undisturbed, tmp_
         state["settings"]["changes"] = {**MICRO.changes, **change}
         file.write_text(json.dumps(state))
         with pytest.raises(SettingError, match="model.safetensors|max_len=1000000000"):
-            train.load_checkpoint(tmp_path / "run")
+            models.load_checkpoint(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -773,22 +821,22 @@ def test_the_dtype_is_what_the_card_computes_in(bf16, expected, monkeypatch):
         return bf16 or including_emulation
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert train.natural_dtype(torch.device("cuda:0")) == expected
-    assert train.natural_dtype(torch.device("cpu")) == "float32"
+    assert settings.natural_dtype(torch.device("cuda:0")) == expected
+    assert settings.natural_dtype(torch.device("cpu")) == "float32"
 
 
 def test_mps_is_refused_under_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(SettingError, match="--device mps"):
-        train.find_device("mps")
+        settings.find_device("mps")
 
 
 def test_the_command_writes_text(undisturbed, capsys):
-    assert train.generate_command([str(undisturbed[0]), "--prompt", "The lamp", "--max-new-tokens", "5"]) == 0
+    assert generate.main([str(undisturbed[0]), "--prompt", "The lamp", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith("The lamp")
     for options in (["no/such"], [str(undisturbed[0]), "--temperature", "nan"]):
-        assert train.generate_command(options) == 2
+        assert generate.main(options) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -798,7 +846,7 @@ def test_transformers_opens_a_run(undisturbed):
 
     model = transformers.AutoModelForCausalLM.from_pretrained(undisturbed[0] / "checkpoint-00000008")
     tokens = torch.arange(12).view(1, -1)
-    expected = train.load_checkpoint(undisturbed[0]).model(tokens)
+    expected = models.load_checkpoint(undisturbed[0]).model(tokens)
     torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-6)
     again = transformers.AutoModelForCausalLM.from_pretrained(undisturbed[0])
     assert torch.equal(again(tokens).logits, model(tokens).logits)
@@ -807,7 +855,7 @@ def test_transformers_opens_a_run(undisturbed):
 def test_out_may_not_lie_inside_data(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     with pytest.raises(SettingError, match="lies inside --data"):
-        train.settle(replace(MICRO, data=str(tmp_path), out=tmp_path / "run"))
+        settings.settle(replace(MICRO, data=str(tmp_path), out=tmp_path / "run"))
 
 
 def test_a_batch_that_does_not_fit_is_computed_in_more_parts(undisturbed, tmp_path, monkeypatch):

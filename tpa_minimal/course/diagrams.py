@@ -463,6 +463,23 @@ def filling_caches(lengths, cached: dict[str, list[int]], texts: list[str]) -> I
 # --------------------------------------------------------------------------- pictures of attention and of the model
 
 
+def _in_a_row(ax, left: float, top: float, middle: float, parts, gap: float = 5.0) -> None:
+    """Tensors (rows, R, width) or (rows, width), and the signs between them at the height `middle`, to the right."""
+    for name, tensor, kind in parts:
+        pieces = tensor[:, None] if tensor.ndim == 2 else tensor  # (rows, R, width)
+        R, width = pieces.shape[1:]
+        ink, start = of("tpa").colour if kind == "cached" else "black", left
+        for r in range(R):
+            cells(ax, left, top, pieces[:, r], kind)
+            left += width + (r < R - 1)
+        shape = " × ".join(map(str, tensor.shape))
+        above = dict(ha="center", va="center", fontsize=8.5, color=ink, linespacing=1.1)
+        ax.text((start + left) / 2, top - 1.9, f"{name.rstrip('·→×⊙ ')}\n{shape}", **above)
+        if sign := name[len(name.rstrip("·→×⊙")) :]:
+            ax.text(left + gap / 2, middle, sign, ha="center", va="center", fontsize=13)
+        left += gap
+
+
 def contraction(factors, step: int = 6) -> tuple[Figure, str]:
     """One query's attention from factors in six steps, those up to `step` drawn; returns the figure and its alt text.
 
@@ -481,24 +498,8 @@ def contraction(factors, step: int = 6) -> tuple[Figure, str]:
     alpha /= alpha.sum(0)
     weighed = alpha[:, None] * a_v / rank_v
     out = np.einsum("mrh,mrd->hd", weighed, b_v)
-    wide, gap, row = 96, 5, M + 7.3
+    wide, row = 96, M + 7.3
     fig, ax = canvas(wide, 3 + 4 * row, wide=8.5)
-
-    def draw(left, top, parts) -> None:
-        """Tensors and the signs between them, from the left to the right."""
-        for name, tensor, kind in parts:
-            pieces = tensor[:, None] if tensor.ndim == 2 else tensor  # (rows, R, width)
-            rows, R, width = pieces.shape
-            ink, start = of("tpa").colour if kind == "cached" else "black", left
-            for r in range(R):
-                cells(ax, left, top, pieces[:, r], kind)
-                left += width + (r < R - 1)
-            shape = " × ".join(map(str, tensor.shape))
-            above = dict(ha="center", va="center", fontsize=8.5, color=ink, linespacing=1.1)
-            ax.text((start + left) / 2, top - 1.9, f"{name.rstrip('·→×⊙ ')}\n{shape}", **above)
-            if sign := name[len(name.rstrip("·→×⊙")) :]:
-                ax.text(left + gap / 2, top + M / 2, sign, ha="center", va="center", fontsize=13)
-            left += gap
 
     orders = (
         (1, "Algorithm 1 of the paper: features first", (
@@ -522,7 +523,7 @@ def contraction(factors, step: int = 6) -> tuple[Figure, str]:
         for n, (words, parts) in enumerate(rows[:step]):
             top = 4.5 + n * row
             ax.text(left, top, f"{n + 1}  {words}", va="center", fontsize=9.5)
-            draw(left + 1.5, top + 4.6, parts)
+            _in_a_row(ax, left + 1.5, top + 4.6, top + 4.6 + M / 2, parts)
     ax.plot([wide / 2] * 2, [0.6, 3 + 3 * row - 1], color="0.8", linewidth=1)
     ends = (
         (1, "softmax over the positions", [("scores →", scores, "shown"), ("α ⊙", alpha, "shown")]),
@@ -532,8 +533,8 @@ def contraction(factors, step: int = 6) -> tuple[Figure, str]:
     for n, (left, words, parts) in enumerate(ends[: max(0, step - 3)]):
         top = 4.5 + 3 * row
         ax.text(left, top, f"{n + 4}  {words}", va="center", fontsize=9.5)
-        draw(left + 1.5, top + 4.6, [(name if n + 4 < step or name[-1] not in "⊙·" else name[:-2], *rest)
-                                     for name, *rest in parts])  # fmt: skip
+        parts = [(name if n + 4 < step or name[-1] not in "⊙·" else name[:-2], *rest) for name, *rest in parts]
+        _in_a_row(ax, left + 1.5, top + 4.6, top + 4.6 + M / 2, parts)
     done = ("b_q times b_k gives P", "a_q weighs P", "a_k weighs it, and the sum is the scores", "softmax gives α",
             "α times a_v", "times b_v is the output")  # fmt: skip
     alt = (
@@ -632,6 +633,101 @@ def online_softmax(scores, values, block: int, steps) -> tuple[Figure, str]:
     return closed(fig), alt
 
 
+PALE = "#CFE2F3"  # TPA's blue, for areas with words on them
+
+
+class _Flow:
+    """Boxes, arrows and words of a flow chart."""
+
+    def __init__(self, ax):
+        self.ax = ax
+
+    def box(self, x, y, width, words, colour="#EDEDED", edge="black", height=5.0, ink="black"):
+        look = dict(facecolor=colour, edgecolor=edge, linewidth=1.1)
+        self.ax.add_patch(Rectangle((x - width / 2, y - height / 2), width, height, zorder=3, **look))
+        self.ax.text(x, y, words, ha="center", va="center", fontsize=8.7, color=ink, zorder=4, linespacing=1.25)
+
+    def arrow(self, *points):
+        self.ax.plot(*zip(*points[:-1]), color="black", linewidth=1.2, zorder=1)
+        look = dict(arrowstyle="-|>", linewidth=1.2, shrinkA=0, shrinkB=0)
+        self.ax.annotate("", points[-1], points[-2], arrowprops=look, zorder=1)
+
+    def meet(self, x, y, sign):
+        self.ax.add_patch(Circle((x, y), 1.6, facecolor="white", edgecolor="black", linewidth=1.2, zorder=3))
+        self.ax.text(x, y, sign, ha="center", va="center", fontsize=11, zorder=4)
+
+    def say(self, x, y, words):
+        self.ax.text(x, y, words, va="center", fontsize=8.5, color="#444444", zorder=5)
+
+
+def _t6_stack(flow: _Flow, c, T: int) -> None:
+    """T6 from tokens to logits, on the left of its map."""
+    ax = flow.ax
+    ax.text(3, 3, "T6", fontsize=13, fontweight="bold", va="center")
+    x, stream = 13, f"{T} × {c.d_model}"
+    parts = (("embedding", "#EDEDED", f"tokens: {T}"), ("block 1", PALE, stream), ("block 2", PALE, stream),
+             ("⋮", "white", stream), (f"block {c.n_layer}", PALE, stream), ("norm", "#EDEDED", stream),
+             ("embeddingᵀ", "#EDEDED", stream), ("", "white", f"logits: {T} × {c.vocab_size:,}"))  # fmt: skip
+    for n, (words, colour, comes) in enumerate(parts):
+        y = 13 + 11.2 * n
+        flow.arrow((x, y - 8.7), (x, y - 2.5))
+        flow.say(x + 1, y - 5.8, comes)
+        if words:
+            flow.box(x, y, 19, words, colour, colour if words == "⋮" else "black")
+
+
+def _t6_block(flow: _Flow, c, C: int, T: int, numbers: int) -> None:
+    """One of T6's blocks, which caches `numbers` for each token, on the right of its map."""
+    ax, M, stream, blue, pale = flow.ax, C + T, f"{T} × {c.d_model}", of("tpa").colour, PALE
+    ax.add_patch(Rectangle((29, 6), 70, 84, facecolor="#F4F8FC", edgecolor="#7FA6C9", linewidth=1, zorder=0))
+    for start, end in ((21.7, 6), (26.7, 90)):
+        ax.plot([22.5, 29], [start, end], color="#7FA6C9", linewidth=1, linestyle=":")
+    ax.text(29, 3, "one block: LLaMA's, with TPA inside", fontsize=13, fontweight="bold", va="center")
+    s = 34  # the residual stream
+    for start, end in ((7, 56.4), (59.6, 82.4), (85.6, 89.6)):
+        flow.arrow((s, start), (s, end))
+    ax.text(s - 1.7, 34, f"residual stream, {stream}", rotation=90, ha="center", va="center", fontsize=8.5)
+    for y in (58, 84):
+        flow.meet(s, y, "+")
+    flow.arrow((s, 9.8), (40, 9.8))
+    flow.box(44.5, 9.8, 9, "norm")
+    flow.arrow((49, 9.8), (56, 9.8))
+    flow.box(66, 9.8, 20, "factor_proj, then RoPE")
+    names = ("a_q", "b_q", "a_k", "b_k", "a_v", "b_v")
+    sizes = zip((c.rank_q,) * 2 + (c.rank_k,) * 2 + (c.rank_v,) * 2, (c.n_head, c.d_head) * 3)
+    places = [41.5 + 10.3 * n for n in range(6)]
+    for name, (rank, width), place in zip(names, sizes, places):
+        kept = name[-1] != "q"
+        flow.arrow((66, 12.3), (66, 14.2), (place, 14.2), (place, 16.4))
+        flow.arrow((place, 21.8), (place, 25.5 if kept else 35.2))
+        flow.box(place, 19.1, 9.5, f"${name}$\n{T} × {rank} × {width}", pale if kept else "white",
+                 blue if kept else "black", height=5.4)  # fmt: skip
+    middle = sum(places[2:]) / 4
+    flow.box(middle, 28.5, 40.4, f"factor cache: C + T = {C} + {T} = {M} tokens\n{numbers} numbers a token in this "
+             "block", blue, blue, height=6, ink="white")  # fmt: skip
+    flow.arrow((middle, 31.5), (middle, 35.2))
+    flow.box(67.2, 38.2, 61, "attention, in factor space when few tokens are new\n"
+        f"weights α: h × T × M = {c.n_head} × {T} × {M}", height=6)  # fmt: skip
+    flow.arrow((67.2, 41.2), (67.2, 46.5))
+    flow.say(68.2, 43.8, f"T × h × d_h = {T} × {c.n_head} × {c.d_head}")
+    flow.box(67.2, 49, 40, f"heads side by side, {T} × {c.n_head * c.d_head:,}; out_proj")
+    flow.arrow((67.2, 51.5), (67.2, 58), (s + 1.6, 58))
+    flow.say(46, 56.6, stream)
+    flow.arrow((s, 65), (40, 65))
+    flow.box(44.5, 65, 9, "norm")
+    for y, words in ((65, "gate_proj, then silu"), (72, "up_proj")):
+        flow.arrow((49, 65), (52, 65), (52, y), (55, y))
+        flow.box(65, y, 20, words)
+    flow.arrow((75, 65), (80, 65), (80, 66.9))
+    flow.arrow((75, 72), (80, 72), (80, 70.1))
+    flow.meet(80, 68.5, "⊙")
+    flow.arrow((81.6, 68.5), (91, 68.5), (91, 75.5))
+    flow.say(82.3, 67, f"{T} × {c.d_ff:,}")
+    flow.box(87, 78, 18, "down_proj")
+    flow.arrow((87, 80.5), (87, 84), (s + 1.6, 84))
+    flow.say(46, 82.6, stream)
+
+
 def t6_map(config, cached: int, new: int) -> tuple[Figure, str]:
     """The whole T6, and one of its blocks with TPA inside, with the shapes of a call; the figure and its alt text.
 
@@ -639,85 +735,10 @@ def t6_map(config, cached: int, new: int) -> tuple[Figure, str]:
     """
     c, C, T, M = config, cached, new, cached + new
     fig, ax = canvas(100, 92, wide=8.5)
-    blue, pale = of("tpa").colour, "#CFE2F3"
-
-    def box(x, y, width, words, colour="#EDEDED", edge="black", height=5.0, ink="black"):
-        look = dict(facecolor=colour, edgecolor=edge, linewidth=1.1)
-        ax.add_patch(Rectangle((x - width / 2, y - height / 2), width, height, zorder=3, **look))
-        ax.text(x, y, words, ha="center", va="center", fontsize=8.7, color=ink, zorder=4, linespacing=1.25)
-
-    def arrow(*points):
-        ax.plot(*zip(*points[:-1]), color="black", linewidth=1.2, zorder=1)
-        look = dict(arrowstyle="-|>", linewidth=1.2, shrinkA=0, shrinkB=0)
-        ax.annotate("", points[-1], points[-2], arrowprops=look, zorder=1)
-
-    def meet(x, y, sign):
-        ax.add_patch(Circle((x, y), 1.6, facecolor="white", edgecolor="black", linewidth=1.2, zorder=3))
-        ax.text(x, y, sign, ha="center", va="center", fontsize=11, zorder=4)
-
-    def say(x, y, words):
-        ax.text(x, y, words, va="center", fontsize=8.5, color="#444444", zorder=5)
-
-    # The model, on the left.
-    ax.text(3, 3, "T6", fontsize=13, fontweight="bold", va="center")
-    x, stream = 13, f"{T} × {c.d_model}"
-    parts = (("embedding", "#EDEDED", f"tokens: {T}"), ("block 1", pale, stream), ("block 2", pale, stream),
-             ("⋮", "white", stream), (f"block {c.n_layer}", pale, stream), ("norm", "#EDEDED", stream),
-             ("embeddingᵀ", "#EDEDED", stream), ("", "white", f"logits: {T} × {c.vocab_size:,}"))  # fmt: skip
-    for n, (words, colour, comes) in enumerate(parts):
-        y = 13 + 11.2 * n
-        arrow((x, y - 8.7), (x, y - 2.5))
-        say(x + 1, y - 5.8, comes)
-        if words:
-            box(x, y, 19, words, colour, colour if words == "⋮" else "black")
-    # One block, on the right.
-    ax.add_patch(Rectangle((29, 6), 70, 84, facecolor="#F4F8FC", edgecolor="#7FA6C9", linewidth=1, zorder=0))
-    for start, end in ((21.7, 6), (26.7, 90)):
-        ax.plot([22.5, 29], [start, end], color="#7FA6C9", linewidth=1, linestyle=":")
-    ax.text(29, 3, "one block: LLaMA's, with TPA inside", fontsize=13, fontweight="bold", va="center")
-    s = 34  # the residual stream
-    for start, end in ((7, 56.4), (59.6, 82.4), (85.6, 89.6)):
-        arrow((s, start), (s, end))
-    ax.text(s - 1.7, 34, f"residual stream, {stream}", rotation=90, ha="center", va="center", fontsize=8.5)
-    for y in (58, 84):
-        meet(s, y, "+")
-    arrow((s, 9.8), (40, 9.8))
-    box(44.5, 9.8, 9, "norm")
-    arrow((49, 9.8), (56, 9.8))
-    box(66, 9.8, 20, "factor_proj, then RoPE")
-    names = ("a_q", "b_q", "a_k", "b_k", "a_v", "b_v")
-    sizes = zip((c.rank_q,) * 2 + (c.rank_k,) * 2 + (c.rank_v,) * 2, (c.n_head, c.d_head) * 3)
-    places = [41.5 + 10.3 * n for n in range(6)]
-    for name, (rank, width), place in zip(names, sizes, places):
-        kept = name[-1] != "q"
-        arrow((66, 12.3), (66, 14.2), (place, 14.2), (place, 16.4))
-        arrow((place, 21.8), (place, 25.5 if kept else 35.2))
-        box(place, 19.1, 9.5, f"${name}$\n{T} × {rank} × {width}", pale if kept else "white", blue if kept else "black",
-            height=5.4)  # fmt: skip
-    numbers, middle = (c.rank_k + c.rank_v) * (c.n_head + c.d_head), sum(places[2:]) / 4
-    box(middle, 28.5, 40.4, f"factor cache: C + T = {C} + {T} = {M} tokens\n{numbers} numbers a token in this block",
-        blue, blue, height=6, ink="white")  # fmt: skip
-    arrow((middle, 31.5), (middle, 35.2))
-    box(67.2, 38.2, 61, "attention, in factor space when few tokens are new\n"
-        f"weights α: h × T × M = {c.n_head} × {T} × {M}", height=6)  # fmt: skip
-    arrow((67.2, 41.2), (67.2, 46.5))
-    say(68.2, 43.8, f"T × h × d_h = {T} × {c.n_head} × {c.d_head}")
-    box(67.2, 49, 40, f"heads side by side, {T} × {c.n_head * c.d_head:,}; out_proj")
-    arrow((67.2, 51.5), (67.2, 58), (s + 1.6, 58))
-    say(46, 56.6, stream)
-    arrow((s, 65), (40, 65))
-    box(44.5, 65, 9, "norm")
-    for y, words in ((65, "gate_proj, then silu"), (72, "up_proj")):
-        arrow((49, 65), (52, 65), (52, y), (55, y))
-        box(65, y, 20, words)
-    arrow((75, 65), (80, 65), (80, 66.9))
-    arrow((75, 72), (80, 72), (80, 70.1))
-    meet(80, 68.5, "⊙")
-    arrow((81.6, 68.5), (91, 68.5), (91, 75.5))
-    say(82.3, 67, f"{T} × {c.d_ff:,}")
-    box(87, 78, 18, "down_proj")
-    arrow((87, 80.5), (87, 84), (s + 1.6, 84))
-    say(46, 82.6, stream)
+    flow = _Flow(ax)
+    _t6_stack(flow, c, T)
+    numbers = (c.rank_k + c.rank_v) * (c.n_head + c.d_head)
+    _t6_block(flow, c, C, T, numbers)
     alt = (
         f"Left, T6: {T} new tokens, the embedding, {c.n_layer} blocks, a norm and the embedding again, to logits of "
         f"{c.vocab_size:,} words. Right, one block: a norm, one projection to six factors with their shapes, four of "

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from tpa_minimal import cpu_decode, tpa
 from tpa_minimal.baselines import MultiHeadAttention, MultiHeadLatentAttention
 from tpa_minimal.experiments import train as training
+from tpa_minimal.experiments.checkpoint import latest_checkpoint
 from tpa_minimal.experiments.options import parse
 from tpa_minimal.files import read_json, write_json, write_whole
 from tpa_minimal.tpa import T6, FactorCache, T6Config, TensorProductAttention
@@ -606,7 +607,7 @@ class Check:
         config = training.TrainConfig(
             out=out, data="lessons", tokens=tokens, steps=steps, seq_len=None if self.gpu else 16
         )
-        run = training.train(replace(config, resume=training.latest_checkpoint(out) is not None), progress=False)
+        run = training.train(replace(config, resume=latest_checkpoint(out) is not None), progress=False)
         prompt, speeds = torch.zeros(1, 8, dtype=torch.long, device=self.device), {}
         model, n = run.model.to(self.device), 200 if self.gpu else 4
         for name in ("tpa", "ours"):

@@ -1,4 +1,4 @@
-"""Checkpoints of training runs, and the one process that may write a run's folder.
+"""Checkpoints of training runs.
 
     checkpoint-00000300/  config.json  model.safetensors     the model, as `huggingface.save_pretrained` writes it
                           training.safetensors  state.json   AdamW's moments, random states; settings, SHA-256 sums
@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,6 +33,11 @@ class SettingError(ValueError):
     """A setting or file that cannot work: the message names the value, the rule and the remedy."""
 
 
+def unreadable(path: Path, reason: object) -> SettingError:
+    """The error for a file of a checkpoint that is damaged or not one of ours."""
+    return SettingError(f"{path}: cannot be read ({str(reason)[:200]}); {REMEDY}")
+
+
 def checkpoint_names(out: str | Path) -> list[str]:
     """The complete checkpoints in a run's folder, oldest first; unfinished ones end in .tmp."""
     names = (path.name for path in Path(out).glob("checkpoint-*"))
@@ -43,29 +48,6 @@ def latest_checkpoint(out: str | Path) -> Path | None:
     """The newest complete checkpoint in a run's folder, or None."""
     names = checkpoint_names(out)
     return Path(out, names[-1]) if names else None
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Make the folder `out` and keep every other run from it; the end of the process, however it ends, unlocks it.
-
-    Raises SettingError if another run has it.
-    """
-    import filelock
-
-    out.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(out / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise SettingError(
-            f"--out {out}: another run is writing there; wait for it, or choose another --out"
-        ) from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            lock.release()
 
 
 # -------------------------------------------------------------------------------------------------------- saving
@@ -158,16 +140,13 @@ def read_state(checkpoint: Path, check_sums: bool = True) -> dict:
         if not 0 <= state["updates"] <= state["step"] or not 0 <= state["seconds"] < math.inf:
             raise ValueError(f"updates {state['updates']}, seconds {state['seconds']}")
     except (OSError, FileError, ValueError) as error:
-        raise SettingError(f"{checkpoint}: state.json cannot be read ({error}); {REMEDY}") from error
-    for name in (
-        (WEIGHTS, TRAINING, *(("config.json",) if "config.json" in state["sums"] else ())) if check_sums else ()
-    ):
+        raise unreadable(checkpoint / STATE, error) from error
+    for name in dict.fromkeys((WEIGHTS, TRAINING, *state["sums"])) if check_sums else ():
         try:
-            same = sha256(checkpoint / name) == state["sums"].get(name)
+            if sha256(checkpoint / Path(name).name) != state["sums"].get(name):
+                raise unreadable(checkpoint / name, "its SHA-256 sum is another: damaged")
         except OSError as error:
-            raise SettingError(f"{checkpoint / name}: cannot be read ({error}); {REMEDY}") from error
-        if not same:
-            raise SettingError(f"{checkpoint / name}: cannot be read (its SHA-256 sum is another: damaged); {REMEDY}")
+            raise unreadable(checkpoint / name, error) from error
     return state
 
 
@@ -200,7 +179,7 @@ def load_weights(build: Callable[[], T6], n_layer: int, checkpoint: Path) -> T6:
                     raise SettingError(f"{path}: {name} is {found[name].get_dtype()}, not float32; {REMEDY}")
             weights = {name: file.get_tensor(prefix + name).clone() for name in expected}  # else they stay mapped
     except (OSError, SafetensorError) as error:
-        raise SettingError(f"{path}: cannot be read ({error}); {REMEDY}") from error
+        raise unreadable(path, error) from error
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise SettingError(f"{path}: {name} holds NaN or infinity; {REMEDY}")
@@ -223,9 +202,8 @@ def load_training(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint
             def tensor(name: str, like: Tensor) -> Tensor:
                 value = file.get_tensor(name).clone()
                 if (value.shape, value.dtype) != (like.shape, like.dtype):
-                    raise ValueError(
-                        f"{name} is {value.dtype} {tuple(value.shape)}, not {like.dtype} {tuple(like.shape)}"
-                    )
+                    needs = f"not {like.dtype} {tuple(like.shape)}"
+                    raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, {needs}")
                 if like.is_floating_point() and not value.isfinite().all():
                     raise ValueError(f"{name} holds NaN or infinity")
                 return value
@@ -235,11 +213,9 @@ def load_training(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint
                 pair = {m: tensor(f"{m}.{names[parameter]}", parameter) for m in ("exp_avg", "exp_avg_sq")}
                 moments[i] = {"step": torch.tensor(float(updates)), **pair}
             random = tensor("random.cpu", torch.get_rng_state())
-            on_cuda = next(model.parameters()).is_cuda and "random.cuda" in file.keys()  # noqa: SIM118
-            on_cuda = tensor("random.cuda", torch.cuda.get_rng_state()) if on_cuda else None
+            if next(model.parameters()).is_cuda and "random.cuda" in file.keys():  # noqa: SIM118
+                torch.cuda.set_rng_state(tensor("random.cuda", torch.cuda.get_rng_state()))
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(random)
-        if on_cuda is not None:
-            torch.cuda.set_rng_state(on_cuda)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise SettingError(f"{path}: cannot be read ({str(error)[:200]}); {REMEDY}") from error
+        raise unreadable(path, error) from error

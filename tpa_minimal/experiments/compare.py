@@ -39,8 +39,12 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from tpa_minimal.experiments import bench, data, generate, train
-from tpa_minimal.experiments.checkpoint import SettingError, locked
+from tpa_minimal.experiments.checkpoint import SettingError
+from tpa_minimal.experiments.models import equal_parameters
 from tpa_minimal.experiments.options import parse
+from tpa_minimal.experiments.processes import locked, remove_if_empty
+from tpa_minimal.experiments.report import duration
+from tpa_minimal.experiments.settings import ATTENTIONS, DEFAULTS, settle
 from tpa_minimal.files import FileError, read_json_lines
 from tpa_minimal.memory import Layer, match_heads
 from tpa_minimal.tpa import T6Config
@@ -58,7 +62,7 @@ LONGEST_WAIT = timedelta(days=14)  # of one process of a torchrun for another
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the comparison: a mechanism of `train.ATTENTIONS`, and changes to the preset."""
+    """One row of the comparison: a mechanism of `ATTENTIONS`, and changes to the preset."""
 
     attention: str
     changes: Mapping = field(default_factory=dict)
@@ -68,9 +72,9 @@ def cells(preset: str) -> dict[str, Cell]:
     """All that can be compared, by name; each mechanism has the head count that gives it TPA's parameters per layer."""
     config = T6Config.preset(preset)
     budget = layer_of("tpa", config).parameters
-    found = {name: Cell(name) for name in train.ATTENTIONS}
+    found = {name: Cell(name) for name in ATTENTIONS}
     # Critics ask whether TPA's additional heads do the work; and here are the weights that the authors start from.
-    found["tpa-heads-of-mha"] = Cell("tpa", {"n_head": train.equal_parameters("mha", config).n_head})
+    found["tpa-heads-of-mha"] = Cell("tpa", {"n_head": equal_parameters("mha", config).n_head})
     found["tpa-init-authors"] = Cell("tpa", {"init": "authors"})
     for ranks in RANKS:
         named = dict(zip(("rank_q", "rank_k", "rank_v"), ranks))
@@ -87,7 +91,7 @@ def layer_of(attention: str, config: T6Config) -> Layer:
     return Layer(attention, config.d_model, config.n_head, config.d_head, groups, **ranks)
 
 
-MAIN = (*train.ATTENTIONS, "tpa-heads-of-mha", "tpa-init-authors")
+MAIN = (*ATTENTIONS, "tpa-heads-of-mha", "tpa-init-authors")
 
 
 def rank_cells(preset: str) -> list[str]:
@@ -102,7 +106,7 @@ def fixed_contrasts(preset: str) -> dict[str, tuple[str, str]]:
     """
 
     def cached(name: str) -> int:
-        own = train.equal_parameters(known[name].attention, T6Config.preset(preset, **known[name].changes))
+        own = equal_parameters(known[name].attention, T6Config.preset(preset, **known[name].changes))
         return layer_of(known[name].attention, own).cached_numbers
 
     known = cells(preset)
@@ -113,12 +117,12 @@ def fixed_contrasts(preset: str) -> dict[str, tuple[str, str]]:
 def experiment(name: str, preset: str) -> list[str]:
     """The names of the cells that an experiment compares."""
     mechanisms = list(dict.fromkeys([*MAIN, *(cell for pair in fixed_contrasts(preset).values() for cell in pair)]))
-    return {"rates": list(train.ATTENTIONS), "mechanisms": mechanisms, "ranks": rank_cells(preset)}[name]
+    return {"rates": list(ATTENTIONS), "mechanisms": mechanisms, "ranks": rank_cells(preset)}[name]
 
 
 def base(cell: str) -> str:
     """The mechanism whose learning rate a cell takes: its own, and TPA's for all that only changes TPA's sizes."""
-    return cell if cell in train.ATTENTIONS else "tpa"
+    return cell if cell in ATTENTIONS else "tpa"
 
 
 # ------------------------------------------------------------------------------------------------------------ rows
@@ -420,7 +424,7 @@ class Options:
     seeds: int = 3  # runs of each kind
     cells: tuple[str, ...] | None = None  # only these of the experiment's
     lr: float | None = None  # one learning rate for all; of `rates`, the middle one
-    preset: Literal[tuple(train.DEFAULTS)] = "tiny"  # this and what follows: as for train
+    preset: Literal[tuple(DEFAULTS)] = "tiny"  # this and what follows: as for train
     data: str = "lessons"
     tokenizer: str | None = None
     tokens: int | None = None
@@ -439,7 +443,7 @@ def source_name(source: str) -> str:
 
 def plan(options: Options, rows: list[dict]) -> list[tuple[str, int, float]]:
     """The runs of an experiment: (cell, seed, learning rate), with the seeds outermost."""
-    peak = options.lr or train.DEFAULTS[options.preset]["lr"]
+    peak = options.lr or DEFAULTS[options.preset]["lr"]
     known = cells(options.preset)
     names = options.cells or experiment(options.experiment, options.preset)
     for name in names:
@@ -489,10 +493,10 @@ def _work(options: Options, rank: int, count: int) -> int:
             raise SettingError(f"--seeds {options.seeds}: must be 1 or more")
         runs, folder = plan(options, read_rows(options.out)), Path(f"{options.out}.runs")
         shared = {name: value for name, value in vars(options).items() if name not in ("experiment", "seeds", "cells")}
-        settings, _ = train.settle(train.TrainConfig(**{**shared, "out": folder}))
+        settings, _ = settle(train.TrainConfig(**{**shared, "out": folder}))
         if rank == 0:
             stack.enter_context(locked(folder))
-            stack.callback(train.remove_if_empty, folder)
+            stack.callback(remove_if_empty, folder)
             end_last_line(options.out)
         with contextlib.nullcontext() if rank == 0 else contextlib.redirect_stdout(None):
             token_data = data.prepare(settings.data, settings.tokens, tokenizer=settings.tokenizer, progress=rank == 0)
@@ -524,7 +528,7 @@ def _make(options: Options, runs: list, settings: train.TrainConfig, token_data:
         left = (time.monotonic() - started) / made * (len(runs) - number + 1) if made else 0
         print(
             f"run {number} of {len(runs)}: {cell}, seed {seed}, learning rate {lr:g}"
-            + (f"; about {train.duration(left)} left" if made else ""),
+            + (f"; about {duration(left)} left" if made else ""),
             flush=True,
         )
         key = hashlib.sha256(json.dumps(identity(what)).encode()).hexdigest()[:16]

@@ -32,7 +32,10 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from tpa_minimal import huggingface
-from tpa_minimal.experiments import data, lessons, sources, train
+from tpa_minimal.experiments import data, lessons, sources
+from tpa_minimal.experiments.checkpoint import SettingError, latest_checkpoint
+from tpa_minimal.experiments.models import Loaded, load_checkpoint
+from tpa_minimal.experiments.settings import find_device
 from tpa_minimal.experiments.sources import short
 from tpa_minimal.files import FileError, read_json, write_json, write_whole
 from tpa_minimal.tpa import T6
@@ -213,7 +216,7 @@ class Subject(NamedTuple):
     name: str
     model: T6
     tokenizer: Tokenizer
-    run: train.Loaded | None = None
+    run: Loaded | None = None
     checkpoint: Path | None = None
 
 
@@ -221,12 +224,12 @@ def open_model(name: str, *, tokenizer: str | None = None, device: str | torch.d
     """The model of a run's last checkpoint, or of a folder or hub repository, with a tokenizer.
 
     tokenizer: by default the run's own, or that in the model's folder or repository. Raises EvaluationError or
-    train.SettingError where there is none or it cannot be read.
+    SettingError where there is none or it cannot be read.
     """
     folder = Path(name)
-    checkpoint = folder if (folder / "state.json").exists() else train.latest_checkpoint(folder)
+    checkpoint = folder if (folder / "state.json").exists() else latest_checkpoint(folder)
     if checkpoint:
-        run = train.load_checkpoint(checkpoint, device)
+        run = load_checkpoint(checkpoint, device)
         return Subject(name, run.model.eval(), load_tokenizer(tokenizer or run.tokenizer.name), run, checkpoint)
     try:
         model = huggingface.from_pretrained(name, device=device)
@@ -675,9 +678,9 @@ class EvaluateConfig:
 def run(config: EvaluateConfig) -> dict:
     """Evaluate as `config` says, write the report and its table after each task, and return the report.
 
-    Raises EvaluationError, train.SettingError or data.DataError for what cannot be done, OSError on writing.
+    Raises EvaluationError, SettingError or data.DataError for what cannot be done, OSError on writing.
     """
-    device = train.find_device(config.device)
+    device = find_device(config.device)
     out = config.out or Path(config.run if Path(config.run).is_dir() else ".", "evaluation.json")
     if not out.parent.is_dir() or out.is_dir():
         raise EvaluationError(f"--out {out}: is a folder, or in none that exists; name a file in one that does")
@@ -719,7 +722,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parse(EvaluateConfig, arguments, prog, config=(tyro.conf.PositionalRequiredArgs,))
     try:
         print(table(run(config)))
-    except (EvaluationError, train.SettingError, data.DataError) as error:
+    except (EvaluationError, SettingError, data.DataError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except OSError as error:

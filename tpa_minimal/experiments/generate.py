@@ -1,15 +1,16 @@
 """What a trained model does: text, and the bytes of its cache. `python -m tpa_minimal generate RUN --prompt "..."`."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-import numpy as np
 import torch
 import tyro
 
 from tpa_minimal.baselines import MultiHeadAttention
 from tpa_minimal.experiments import data
+from tpa_minimal.experiments.checkpoint import SettingError
+from tpa_minimal.experiments.models import load_checkpoint
+from tpa_minimal.experiments.options import finish, parse
 from tpa_minimal.tpa import T6, Cache
 
 
@@ -46,33 +47,6 @@ def measure_caches(model: T6, length: int) -> tuple[int, int]:
     return own.nbytes, cache.nbytes
 
 
-def report(result) -> Iterator[str]:
-    """The lines that end a training run: losses, curve, speed, samples, and the bytes of the caches."""
-    evaluated = [row["val_loss"] for row in result.metrics if "val_loss" in row]
-    yield (
-        f"Validation loss: {evaluated[0]:.3f} before training, {evaluated[-1]:.3f} after {result.step:,} steps "
-        f"(nats per token)."
-    )
-    yield f"Loss curve: {result.out / 'loss.png'}"
-    trained = result.step * result.settings.batch_size * result.settings.seq_len
-    yield f"Speed: {trained:,} tokens at {result.tokens_per_second:,.0f} tokens per second."
-
-    model, tokenizer = result.model, result.data.tokenizer
-    held_out = result.data.val[:20_000]
-    ends = np.append(np.flatnonzero(held_out == tokenizer.eot_token), len(held_out))
-    starts = np.append(0, ends[:-1] + 1)
-    longest = np.argsort(starts - ends, kind="stable")[:3]
-    yield "Samples, continuing the first words of long held-out documents (which are in brackets):"
-    for start in starts[longest]:
-        prompt = tokenizer.decode(held_out[start : start + 16].tolist()).split(data.END_OF_TEXT)[0]
-        yield f"    [{prompt}]{generate_text(model, tokenizer, prompt)}".replace("\n", "\n    ")
-
-    length, c = model.config.max_len, model.config
-    own, mha = measure_caches(model, length)
-    yield f"Cache of one sequence of {length:,} tokens, measured: {own:,} bytes with {result.settings.attention};"
-    yield f"    {mha:,} bytes with MHA of the same {c.n_head} heads of width {c.d_head}: {mha / own:.1f} times as many."
-
-
 @dataclass(frozen=True)
 class GenerateConfig:
     """Continue a prompt with a trained run's model."""
@@ -89,3 +63,16 @@ class GenerateConfig:
     """draw from so many of the most likely tokens"""
     seed: int = 0
     """of the draws"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`generate RUN`: prints the prompt and its continuation. Status 2 for a wrong value."""
+    prog = "python -m tpa_minimal generate"
+    c = parse(GenerateConfig, arguments, prog)
+    try:
+        loaded = load_checkpoint(c.run)
+        options = dict(temperature=c.temperature, top_k=c.top_k, seed=c.seed)
+        print(c.prompt + generate_text(loaded.model, loaded.tokenizer, c.prompt, c.max_new_tokens, **options))
+    except (SettingError, data.DataError, ValueError) as error:
+        return finish(prog, 2, str(error))
+    return 0

@@ -68,10 +68,10 @@ def sha256(file: str | Path) -> str:
 
 
 def cut(text: str, most: int) -> list[str]:
-    """Pieces of at most `most` characters, cut before the space between two words, which no token reaches over."""
+    """Pieces of at most `most` characters, cut before the space that begins a word, which no token reaches over."""
     if len(text) <= most:
         return [text]
-    return re.findall(rf"(?s).{{1,{most}}}(?:\Z|(?<=\S)(?= \S))|.{{1,{most}}}", text)
+    return re.findall(rf"(?s).{{1,{most}}}(?:\Z|(?= \S))|.{{1,{most}}}", text)
 
 
 def position(text: str) -> int:

@@ -17,9 +17,8 @@ def merged(part_1, part_2, power=torch.exp, shrink=(True, True, True, True), ups
     return m, s, y
 
 
-@exercise
-def ex06_1(attempt):
-    """Merging two parts of an online softmax."""
+def softmax_parts():
+    """Random positions in two parts, each as its own m, s and y; in some heads the later part has the maximum."""
     cases = []
     for seed, (h, d_h, cut) in enumerate(((3, 5, 5), (4, 2, 9), (1, 6, 1))):
         logits, values = 4 * normal(h, 12, seed=seed), normal(12, d_h, seed=seed + 9)
@@ -31,6 +30,33 @@ def ex06_1(attempt):
             weights = (logits[:, section] - m[:, None]).exp()
             parts.append((m, weights.sum(1), weights @ values[section]))
         cases.append(tuple(parts))
+    return cases
+
+
+def judge_extremes(attempt, cases):
+    """Merge with a part that has seen nothing, and near maxima whose exponentials overflow."""
+    for one, two in cases:
+        empty = (torch.full_like(one[0], -math.inf), torch.zeros_like(one[1]), torch.zeros_like(one[2]))
+        judge(
+            attempt,
+            merged,
+            [(empty, two), (one, empty)],
+            otherwise="merged with a part that has seen nothing, the other part should come out as it was",
+        )
+        for shift in (800, -800):  # exp(800) and 1 / exp(-800) are infinite
+            far = tuple((m + shift, s, y) for m, s, y in (one, two))
+            judge(
+                attempt,
+                merged,
+                [far],
+                otherwise=f"wrong for maxima near {shift}: exp(m) overflows; subtract the maxima before exp",
+            )
+
+
+@exercise
+def ex06_1(attempt):
+    """Merging two parts of an online softmax."""
+    cases = softmax_parts()
 
     def averaged(one, two):
         m, s, y = merged(one, two)
@@ -83,22 +109,7 @@ def ex06_1(attempt):
         ],
         otherwise,
     )  # fmt: skip
-    for one, two in cases:
-        empty = (torch.full_like(one[0], -math.inf), torch.zeros_like(one[1]), torch.zeros_like(one[2]))
-        judge(
-            attempt,
-            merged,
-            [(empty, two), (one, empty)],
-            otherwise="merged with a part that has seen nothing, the other part should come out as it was",
-        )
-        for shift in (800, -800):  # exp(800) and 1 / exp(-800) are infinite
-            far = tuple((m + shift, s, y) for m, s, y in (one, two))
-            judge(
-                attempt,
-                merged,
-                [far],
-                otherwise=f"wrong for maxima near {shift}: exp(m) overflows; subtract the maxima before exp",
-            )
+    judge_extremes(attempt, cases)
 
 
 @exercise
