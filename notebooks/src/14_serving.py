@@ -622,6 +622,9 @@ for bits in (8, 4, 2):
 assert all(abs(costs[name, 8][0]) < 2e-4 for name in NAMES)
 assert max(NAMES, key=lambda name: costs[name, 2][0]) == "b_k"
 assert costs["all four", 2][0] > 10 * costs["all four", 4][0]
+for bits in (4, 3, 2):
+    a_k, b_k, a_v, b_v = (costs[name, bits][2] for name in NAMES)
+    assert min(a_k, b_k) > max(a_v, b_v)
 
 # %% tags=["hide-input"]
 header = ["rounded", "loss added [nats]", "standard error", "largest change of a logit"]
@@ -630,8 +633,8 @@ looks.table(header, rows, "What rounding costs, over 8,192 held-out tokens")
 # %% [markdown]
 # At 8 bits the loss does not move: whatever there is, is a ten-thousandth of a nat or less. 4 bits for everything cost
 # a few thousandths, most of them for $b_v$. At 2 bits, where no error hides in the noise, **$b_k$ is the most delicate**,
-# then $b_v$, then the two head factors. And at all widths single logits are moved more by the keys' factors. Why? Look at the second layer, each factor rounded to 4
-# bits in turn, and at what comes out of attention:
+# then $b_v$, then the two head factors. And below 8 bits single logits are moved more by the keys' factors than by the
+# values'. Why? Look at the second layer, each factor rounded to 4 bits in turn, and at what comes out of attention:
 
 # %%
 inputs, layer = [], model.blocks[1].attention
@@ -707,7 +710,7 @@ looks.table(header, rows, "This model: unequal bits (192 bytes in bfloat16)")
 # %% [markdown]
 # What this does *not* show: that a model of a billion weights bears the same. Large models are known to have a few
 # features of keys that are far larger than the others, and these make a common scale coarse; one then scales each
-# *feature*, or rotates before rounding. Measure on your own model, and measure the loss, not the error.
+# *feature* (KIVI, arXiv 2402.02750), or rotates before rounding. Measure on your own model, and measure the loss, not the error.
 #
 # ## 6 · Several GPUs
 #
@@ -786,12 +789,7 @@ looks.show(
 # and let the model check all of them in one chunk: row $i$ of its logits says what comes after token $i$. As long as
 # the draft guessed what the model would have said, its tokens are right. At the first wrong one the model's own word
 # takes its place, and `truncate` makes the cache forget the rest.
-
-# %%
-source = inspect.getsource(serving.speculate)
-print(source[source.index("    while tokens") :])
-
-# %% [markdown]
+#
 # ### Exercise 14.3 · What may be kept? (★★☆, 10 minutes)
 # `proposed` is a list of n tokens from the draft. `says` has n + 1 tokens: `says[i]` is what the model would write in
 # the place of `proposed[i]`, after all that is proposed before it; the last is what it would write after all of them.
@@ -826,6 +824,13 @@ def accept(proposed, says):
 
 # %%
 checks.ex14_3(accept)
+
+# %% [markdown]
+# The whole loop, with tensors in place of lists:
+
+# %%
+source = inspect.getsource(serving.speculate)
+print(source[source.index("    while tokens") :])
 
 # %% [markdown]
 # Now with our two models. The text must be, token for token, what the model alone writes; in float64, so that no tie is
@@ -975,6 +980,10 @@ checks.ex14_4(would_you)
 # - Splitting by heads copies $b_k$ and $b_v$. On 8 GPUs TPA's saving over GQA-8 is gone; split sequences or positions.
 # - Speculation changes the time, never the text. How much it gains is decided by how cheap and how right the draft is.
 # - TPA helps where reading the cache is what takes the time or the room. Ask that first.
+#
+# **Where this comes from:** continuous batching is Orca's (Yu et al., OSDI 2022), pages are vLLM's (Kwon et al., arXiv
+# 2309.06180), speculation is by Leviathan et al. (arXiv 2211.17192), who also show how *sampled* text keeps the model's
+# distribution exactly.
 #
 # This was the last notebook. [09](09_memory_savings.ipynb) has the accountant for your own model, and
 # [12](12_bring_your_own_model.ipynb) converts it. The code is in [quantized.py](../tpa_minimal/quantized.py),
