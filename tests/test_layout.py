@@ -17,6 +17,8 @@ MODULE = {
     "files": set(),
     "cpu_decode": {"tpa"},
     "flash_decode": {"tpa"},
+    "quantized": {"tpa"},
+    "serving": {"tpa"},
     "huggingface": {"tpa", "baselines", "variants", "memory", "files"},
 }
 LABORATORY = [

@@ -86,6 +86,19 @@ class Layer:
             return self.d_c + self.d_rope
         return ranks * {"tpa-fixed-a": d_h, "tpa-fixed-b": h}.get(self.mechanism, h + d_h)
 
+    def quantized_bytes(self, bits: int, scale_bytes: int = 2) -> int:
+        """Bytes cached per token in `bits` bits a number, with a scale for each row: of a head, a latent or a factor.
+
+        A row takes whole bytes. `quantized.QuantizedCache` is such a cache; MLA's latent and rotated key are one row.
+        """
+        h, d_h, ranks = self.n_head, self.d_head, self.rank_k + self.rank_v
+        rows = ranks * {"tpa-fixed-a": [d_h], "tpa-fixed-b": [h]}.get(self.mechanism, [h, d_h])
+        if self.n_kv_head is not None:
+            rows = [d_h] * 2 * self.n_kv_head
+        elif self.mechanism == "mla":
+            rows = [self.d_c + self.d_rope]
+        return sum(-(-width * bits // 8) + scale_bytes for width in rows)
+
     @property
     def parameters(self) -> int:
         """Weights of the layer, output projection included (Table 1)."""

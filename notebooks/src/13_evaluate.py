@@ -544,3 +544,5 @@ assert losses[1] < 0.5 * losses[0]
 #   paper's tables show TPA level with MHA and MLA; of these twelve differences three pass 1.96 errors, all at the medium
 #   size and all in TPA's favour. Seeds come on top.
 # - For small models, measure held-out loss first and questions that they can answer second.
+#
+# Next: [14 · Serving with a factor cache](14_serving.ipynb), what stands between such a model and a server.

@@ -112,7 +112,7 @@ def agree(got, expected, scale: float | None = None) -> bool:
             return set(got) == set(expected) and all(agree(got[key], expected[key]) for key in expected)
         if isinstance(expected, (tuple, list)):
             if all(map(is_number, expected)):
-                scale = max(map(abs, expected))
+                scale = max(map(abs, expected), default=None)
             pairs = zip(got, expected, strict=True)
             return not isinstance(got, (str, dict, set)) and all(agree(g, e, scale) for g, e in pairs)
         if isinstance(got, str) or isinstance(expected, str):
