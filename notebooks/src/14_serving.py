@@ -27,7 +27,6 @@
 import copy
 import functools
 import inspect
-import math
 import os
 import time
 
@@ -418,8 +417,11 @@ def pages_held(prefix, lengths, page_size):
 
 # %% tags=["solution"]
 def pages_held(prefix, lengths, page_size):
-    shared, own = prefix // page_size, math.ceil(prefix / page_size)
-    return own + sum(math.ceil((prefix + n) / page_size) - shared for n in lengths)
+    def pages(n):
+        return -(-n // page_size)  # rounded up
+
+    own = sum(pages(prefix + n) - prefix // page_size for n in lengths)
+    return pages(prefix) + own
 
 
 # %%
