@@ -16,6 +16,7 @@ MODULE = {
     "files": set(),
     "cpu_decode": {"tpa"},
     "flash_decode": {"tpa"},
+    "decode_graph": {"tpa", "flash_decode"},
     "huggingface": {"tpa", "baselines", "variants", "memory", "files"},
 }
 LABORATORY = [

@@ -29,8 +29,9 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from tpa_minimal import cpu_decode, tpa
+from tpa_minimal import cpu_decode, decode_graph, tpa
 from tpa_minimal.baselines import MultiHeadAttention, MultiHeadLatentAttention
+from tpa_minimal.decode_graph import graphed
 from tpa_minimal.experiments import train as training
 from tpa_minimal.experiments.options import parse
 from tpa_minimal.files import read_json, write_json, write_whole
@@ -188,22 +189,6 @@ def copy_bandwidth(device: str = "cpu", megabytes: int = 256) -> float:
     target = torch.empty_like(source)
     copies = in_turns({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
     return 2 * source.nbytes / (copies["min_ms"] / 1000)
-
-
-def graphed(function, device: str):
-    """On CUDA, `function` recorded once as a graph and replayed; so that launching kernels one by one is not timed."""
-    if device != "cuda":
-        return function
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # warm up where nothing is recorded, as the documentation of CUDA graphs asks
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
 
 
 def environment(settings: Settings) -> dict:
@@ -564,7 +549,7 @@ class Check:
         return self.median_ms(lambda: module.tpa_decode_parallel_bn_triton(a_q, a_k, a_v, b_q, b_k, b_v))
 
     def lessons(self) -> dict:
-        """A short training run on the lessons, and tokens per second of `generate` with and without our kernel."""
+        """A short training run on the lessons, and tokens per second of `generate`: plain, ours, by a graph."""
         out, steps, tokens = self.settings.out / "lessons", *((300, 2_000_000) if self.gpu else (3, 100_000))
         config = training.TrainConfig(
             out=out, data="lessons", tokens=tokens, steps=steps, seq_len=None if self.gpu else 16
@@ -572,8 +557,8 @@ class Check:
         run = training.train(replace(config, resume=training.latest_checkpoint(out) is not None), progress=False)
         prompt, speeds = torch.zeros(1, 8, dtype=torch.long, device=self.device), {}
         model, n = run.model.to(self.device), 200 if self.gpu else 4
-        for name in ("tpa", "ours"):
-            generate = functools.partial((fastest(model) if name == "ours" else model).generate, prompt, n)
+        for name, use in (("tpa", lambda model: model), ("ours", fastest), ("graph", decode_graph.use)):
+            generate = functools.partial(use(model).generate, prompt, n)
             speeds[name] = n / (in_turns({name: generate}, 1, self.device)[name]["median_ms"] / 1000)
         return {
             "train_tokens_per_s": run.tokens_per_second,
