@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tpa_minimal.course import checks, looks
 from tpa_minimal.experiments import compare, data, generate, train
+from tpa_minimal.tpa import T6, T6Config
 
 looks.style()
 FULL = os.environ.get("TPA_FULL") == "1"
@@ -369,8 +370,6 @@ print(
 # the ends of sentences, then phrases that fit. And the text went through the factor cache. How large was it?
 
 # %%
-from tpa_minimal.tpa import T6
-
 c, caches = loaded.model.config, {}
 for name in ("tpa", "mha"):  # the same configuration, and so the same heads
     model = T6(c, train.ATTENTIONS[name]).to(device)
