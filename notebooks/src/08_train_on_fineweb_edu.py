@@ -27,7 +27,6 @@ from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from IPython.display import Markdown, display
 from torch.utils.flop_counter import FlopCounterMode
 
