@@ -158,6 +158,18 @@ def test_a_longer_cache_compiles_nothing_anew():
     assert len(set(compiled)) == 1
 
 
+@pytest.mark.parametrize("capability", PROCESSORS if FULL else (86, 90))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_appending_spills_nothing(capability, dtype):
+    h, d_head, ranks = 34, 64, (6, 2, 2)
+    cached = FactorCache([(2, h), (2, d_head)] * 2, 3, 100, dtype=dtype).view(0, 100)
+    new, tables = torch.zeros(3, 1, sum(ranks) * (h + d_head), dtype=dtype), torch.zeros(2, 100, d_head // 2)
+    with compiling(capability) as compiled:
+        flash_decode.append(new, torch.ones(3, dtype=torch.int32), *tables, *cached)
+    [(kernel, grid)] = compiled
+    assert grid == (6, 3) and resources(kernel, capability)["spilled"] == 0
+
+
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
     """The kernels of notebook 10, as a module."""

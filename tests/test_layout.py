@@ -19,6 +19,7 @@ MODULE = {
     "flash_decode": {"tpa"},
     "quantized": {"tpa"},
     "serving": {"tpa"},
+    "decode_graph": {"tpa", "flash_decode"},
     "huggingface": {"tpa", "baselines", "variants", "memory", "files"},
 }
 LABORATORY = [

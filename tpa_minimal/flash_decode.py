@@ -1,12 +1,13 @@
-"""Two Triton kernels that decode a token in factor space, and `use`, which gives them to a model.
+"""Triton kernels that decode a token in factor space, and `use`, which gives them to a model.
 
     from tpa_minimal import flash_decode
     flash_decode.use(model)         # decoding on a CUDA device now goes through the kernels; all else stays as it was
 
-They compute what `tpa.factor_attention` computes for one new token (App. A, Algorithm 2), in one pass over the cache.
+Two compute what `tpa.factor_attention` computes for one new token (App. A, Algorithm 2), in one pass over the cache.
 Each program of the first takes some heads and a split of the cache, walks it block by block with an online softmax, and
 leaves its maximum m, sum s and output y. The splits are independent, which is what keeps a whole GPU busy with one
 sequence (flash decoding); the second kernel merges them as any two blocks are merged, by rescaling to a common maximum.
+A third rotates and appends what a new token brings; `decode_graph` has it in a step of a whole model.
 
 With the environment variable TRITON_INTERPRET=1, set before Triton is imported, the same code runs on a CPU.
 """
@@ -207,23 +208,94 @@ def _(a_q, b_q, a_k, b_k, a_v, b_v, length=None):
     return b_q.new_empty(b_q.shape[0], 1, a_q.shape[-1], b_q.shape[-1])
 
 
+@triton.jit
+def append_kernel(
+    new, length, cos, sin, b_q, cached, strides,  # strides: of batch, position and rank in each of the four cached
+    H: tl.constexpr, D: tl.constexpr, RANK_Q: tl.constexpr, RANK_K: tl.constexpr, RANK_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one sequence's new token, the program_id(0)-th row of each factor to where it belongs."""
+    r, batch, i = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    position = tl.load(length + batch).to(tl.int64) - 1
+    a_q = new + batch * (RANK_Q + RANK_K + RANK_V) * (H + D)  # then b_q, a_k, b_k, a_v, b_v, each row by row
+    a_k = a_q + RANK_Q * (H + D)
+    a_v = a_k + RANK_K * (H + D)
+    a_k_to, b_k_to, a_v_to, b_v_to = cached
+    if r < RANK_Q:
+        rotate_row(a_q + RANK_Q * H + r * D, b_q + (batch * RANK_Q + r) * D, cos, sin, position, D // 2, BLOCK)
+    if r < RANK_K:
+        a_k_to += batch * strides[0] + position * strides[1] + r * strides[2]
+        tl.store(a_k_to + i, tl.load(a_k + r * H + i, mask=i < H), mask=i < H)
+        b_k_to += batch * strides[3] + position * strides[4] + r * strides[5]
+        rotate_row(a_k + RANK_K * H + r * D, b_k_to, cos, sin, position, D // 2, BLOCK)
+    if r < RANK_V:
+        a_v_to += batch * strides[6] + position * strides[7] + r * strides[8]
+        tl.store(a_v_to + i, tl.load(a_v + r * H + i, mask=i < H), mask=i < H)
+        b_v_to += batch * strides[9] + position * strides[10] + r * strides[11]
+        tl.store(b_v_to + i, tl.load(a_v + RANK_V * H + r * D + i, mask=i < D), mask=i < D)
+
+
+@triton.jit
+def rotate_row(x, out, cos, sin, position, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of 2 HALF numbers, rotated as `tpa.apply_rope` does at `position`."""
+    i = tl.arange(0, BLOCK)
+    x1, x2 = (tl.load(x + i, mask=i < HALF).to(tl.float32), tl.load(x + HALF + i, mask=i < HALF).to(tl.float32))
+    c, s = (tl.load(cos + position * HALF + i, mask=i < HALF), tl.load(sin + position * HALF + i, mask=i < HALF))
+    tl.store(out + i, x1 * c + x2 * s, mask=i < HALF)
+    tl.store(out + HALF + i, x2 * c - x1 * s, mask=i < HALF)
+
+
+@torch.library.custom_op("tpa_minimal::append", mutates_args=("a_k", "b_k", "a_v", "b_v"))
+def append(
+    new: Tensor, length: Tensor, cos: Tensor, sin: Tensor, a_k: Tensor, b_k: Tensor, a_v: Tensor, b_v: Tensor
+) -> Tensor:
+    """Rotate one token's b_q and b_k; write a_k, b_k, a_v and b_v as position length - 1; return b_q.
+
+    new: (B, 1, (R_Q + R_K + R_V)(h + d_h)), contiguous, in the order of `TensorProductAttention.factor_proj`;
+    length: (B,) integers on the device; cos, sin: (M, d_h/2) in float32; a_k, b_k, a_v, b_v: (B, M, R, ·) of any
+    strides, the last one 1. Returns (B, 1, R_Q, d_h).
+    """
+    (B, _, rank_k, h), (rank_v, d_head), cached = a_k.shape, b_v.shape[2:], (a_k, b_k, a_v, b_v)
+    rank_q = new.shape[-1] // (h + d_head) - rank_k - rank_v
+    b_q = new.new_empty(B, 1, rank_q, d_head)
+    strides = tuple(n for x in cached for n in x.stride()[:3])
+    with torch.cuda.device_of(new):
+        append_kernel[max(rank_q, rank_k, rank_v), B](
+            new, length, cos, sin, b_q, cached, strides, H=h, D=d_head, RANK_Q=rank_q, RANK_K=rank_k, RANK_V=rank_v,
+            BLOCK=triton.next_power_of_2(max(h, d_head)),
+        )  # fmt: skip
+    return b_q
+
+
+@append.register_fake
+def _(new, length, cos, sin, a_k, b_k, a_v, b_v):
+    h, d_head = a_k.shape[-1], b_k.shape[-1]
+    return new.new_empty(new.shape[0], 1, new.shape[-1] // (h + d_head) - a_k.shape[2] - a_v.shape[2], d_head)
+
+
+def serves(cached) -> bool:
+    """Whether the kernels read such cached factors: of one dtype that they know, where Triton has tensor cores.
+
+    That is a CUDA device of compute capability 8 or more (a T4 has 7.5), or the interpreter.
+    """
+    dtype, device = cached[0].dtype, cached[0].device
+    known = dtype in (torch.float16, torch.bfloat16, torch.float32) and all(x.dtype == dtype for x in cached)
+    return known and (device.type == "cuda" or INTERPRETED) and processors(device)[1] >= 8
+
+
 def factor_attention(a_q, b_q, a_k, b_k, a_v, b_v, *, start: int, block_size: int = 16384, padding=None) -> Tensor:
     """What `tpa.factor_attention` computes, from the same arguments: by the kernels where they serve, else by it.
 
-    They serve one new token of a batch without padding, on a CUDA device (or interpreted) of compute capability 8 or
-    more (below, Triton has no tensor cores: a T4 has 7.5), where no gradient is wanted.
+    They serve one new token of a batch without padding, where no gradient is wanted and `serves` says so.
     """
-    factors, cached = (a_q, b_q, a_k, b_k, a_v, b_v), (a_k, b_k, a_v, b_v)
+    factors = (a_q, b_q, a_k, b_k, a_v, b_v)
     if (
         padding is None
         and a_q.shape[1] == 1
         and b_k.shape[1] == start + 1
-        and (b_k.is_cuda or INTERPRETED)
-        and b_k.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and all(x.dtype == b_k.dtype for x in cached)
         and all(x.stride(-1) == 1 for x in factors)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in factors))
-        and processors(b_k.device)[1] >= 8
+        and serves(factors[2:])
     ):
         return decode(*factors)
     return tpa.factor_attention(*factors, start=start, block_size=block_size, padding=padding)

@@ -200,7 +200,7 @@ def test_the_device_script_is_rehearsed_and_resumes(tmp_path):
     assert [section for section in sections if "error" in result[section]] == [], result
     correct = result["correct"]["rows"]
     assert len(correct) == 2 * 3 * 2 and all(row["right"] for row in correct)
-    assert set(result["lessons"]["rows"]["generate_tokens_per_s"]) == {"tpa", "ours"}
+    assert set(result["lessons"]["rows"]["generate_tokens_per_s"]) == {"tpa", "ours", "graph"}
     del result["correct"]
     result["machine"] = {"error": "as if it had failed"}
     (tmp_path / "device.json").write_text(json.dumps(result))

@@ -30,8 +30,9 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from tpa_minimal import cpu_decode, tpa
+from tpa_minimal import cpu_decode, decode_graph, tpa
 from tpa_minimal.baselines import MultiHeadAttention, MultiHeadLatentAttention
+from tpa_minimal.decode_graph import graphed
 from tpa_minimal.experiments import train as training
 from tpa_minimal.experiments.checkpoint import latest_checkpoint
 from tpa_minimal.experiments.options import parse
@@ -90,9 +91,7 @@ class Train(Settings):
     """A step of AdamW on batches of random tokens."""
 
     lengths: tuple[int, ...] | None = None  # of the sequences: 1024 on CUDA, else 256
-    preset: str | None = (
-        None  # small-124M on CUDA, where a smaller one would measure how kernels are launched; else tiny
-    )
+    preset: str | None = None  # small-124M on CUDA, where with a smaller one launches take the time; else tiny
 
 
 @dataclass(frozen=True)
@@ -172,13 +171,8 @@ def seconds_of(function, device: str) -> float:
 
 def times_of(functions: dict, repeats: int, device: str = "cpu") -> dict[str, list[float]]:
     """Milliseconds of each function, called in turns `repeats` times after two rounds that do not count."""
-    times = {name: [] for name in functions}
-    for turn in range(repeats + 2):
-        for name, function in functions.items():
-            seconds = seconds_of(function, device)
-            if turn >= 2:
-                times[name].append(1000 * seconds)
-    return times
+    rounds = [{name: 1000 * seconds_of(f, device) for name, f in functions.items()} for _ in range(repeats + 2)]
+    return {name: [times[name] for times in rounds[2:]] for name in functions}
 
 
 def spread(values: list[float]) -> dict:
@@ -198,22 +192,6 @@ def copy_bandwidth(device: str = "cpu", megabytes: int = 256) -> float:
     target = torch.empty_like(source)
     copies = in_turns({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
     return 2 * source.nbytes / (copies["min_ms"] / 1000)
-
-
-def graphed(function, device: str):
-    """On CUDA, `function` recorded once as a graph and replayed; so that launching kernels one by one is not timed."""
-    if device != "cuda":
-        return function
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # warm up where nothing is recorded, as the documentation of CUDA graphs asks
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
 
 
 def environment(settings: Settings) -> dict:
@@ -538,11 +516,8 @@ class Check:
         matrix = torch.randn(n, n, device=self.device, dtype=dtype)
         copied = copy_bandwidth(self.device, 1024 if self.gpu else 1)
         about = environment(Settings(device=self.device, dtype=str(dtype).removeprefix("torch.")))
-        return {
-            **about,
-            "copy_GB_per_s": copied / 1e9,
-            "TFLOP_per_s": 2e-9 * n**3 / self.median_ms(lambda: matrix @ matrix),
-        }
+        flops = 2e-9 * n**3 / self.median_ms(lambda: matrix @ matrix)
+        return {**about, "copy_GB_per_s": copied / 1e9, "TFLOP_per_s": flops}
 
     @torch.no_grad()
     def correct(self) -> list[dict]:
@@ -569,19 +544,14 @@ class Check:
 
     def decode(self) -> list[dict]:
         """Attention and layer for every mechanism, shortest contexts first; the authors' kernel where it is given."""
-        rows = []
-        sizes = (
-            dict(d_model=512, n_head=32, d_head=64, dtype="bfloat16")
-            if self.gpu
-            else dict(d_model=16, n_head=4, d_head=8)
-        )
+        rows, sizes = [], dict(repeats=3, d_model=16, n_head=4, d_head=8)
+        if self.gpu:
+            sizes = dict(repeats=9, d_model=512, n_head=32, d_head=64, dtype="bfloat16")
         for M in [2**n for n in range(12, 20)] if self.gpu else [16]:
             for batch_size in (1, 16) if self.gpu else (1,):
                 if self.left() < 0.45 * self.settings.seconds:
                     return rows
-                settings = settled(
-                    Decode(device=self.device, batch_size=batch_size, repeats=9 if self.gpu else 3, **sizes)
-                )
+                settings = settled(Decode(device=self.device, batch_size=batch_size, **sizes))
                 try:
                     rows += [{"batch": batch_size, **row} for row in decode_at(settings, M)]
                 except torch.OutOfMemoryError:
@@ -602,22 +572,18 @@ class Check:
         return self.median_ms(lambda: module.tpa_decode_parallel_bn_triton(a_q, a_k, a_v, b_q, b_k, b_v))
 
     def lessons(self) -> dict:
-        """A short training run on the lessons, and tokens per second of `generate` with and without our kernel."""
+        """A short training run on the lessons, and tokens per second of `generate`: plain, ours, by a graph."""
         out, steps, tokens = self.settings.out / "lessons", *((300, 2_000_000) if self.gpu else (3, 100_000))
-        config = training.TrainConfig(
-            out=out, data="lessons", tokens=tokens, steps=steps, seq_len=None if self.gpu else 16
-        )
+        sizes = dict(tokens=tokens, steps=steps, seq_len=None if self.gpu else 16)
+        config = training.TrainConfig(out=out, data="lessons", **sizes)
         run = training.train(replace(config, resume=latest_checkpoint(out) is not None), progress=False)
         prompt, speeds = torch.zeros(1, 8, dtype=torch.long, device=self.device), {}
         model, n = run.model.to(self.device), 200 if self.gpu else 4
-        for name in ("tpa", "ours"):
-            generate = functools.partial((fastest(model) if name == "ours" else model).generate, prompt, n)
+        for name, use in (("tpa", lambda model: model), ("ours", fastest), ("graph", decode_graph.use)):
+            generate = functools.partial(use(model).generate, prompt, n)
             speeds[name] = n / (in_turns({name: generate}, 1, self.device)[name]["median_ms"] / 1000)
-        return {
-            "train_tokens_per_s": run.tokens_per_second,
-            "metrics": run.metrics[-1:],
-            "generate_tokens_per_s": speeds,
-        }
+        trained = {"train_tokens_per_s": run.tokens_per_second, "metrics": run.metrics[-1:]}
+        return {**trained, "generate_tokens_per_s": speeds}
 
     def throughput(self) -> list[dict]:
         """Training throughput of small-124M with TPA and MHA, eager and compiled, and the memory that it takes."""
@@ -631,12 +597,11 @@ class Check:
                 function = training_function(replace(settings, compile=compiled), attention, config)
                 taken = in_turns({"": function}, 5, self.device)[""]
                 tokens_per_s = settings.batch_size * config.max_len / (taken["median_ms"] / 1000)
-                row = {"mechanism": name, "compiled": compiled, "tokens_per_s": tokens_per_s, **taken}
-                row |= {"seconds": time.monotonic() - begin}
+                rows.append({"mechanism": name, "compiled": compiled, "tokens_per_s": tokens_per_s, **taken})
+                rows[-1]["seconds"] = time.monotonic() - begin
                 if self.gpu:
-                    row |= {"peak_GB": torch.cuda.max_memory_allocated() / 1e9}
+                    rows[-1]["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
                     torch.cuda.reset_peak_memory_stats()
-                rows.append(row)
                 del function
         return rows
 
