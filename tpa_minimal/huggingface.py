@@ -161,8 +161,9 @@ _FAMILY = ("llama", "mistral", "qwen2")  # one architecture; the last two may ha
 
 
 def _refuse_old(transformers) -> None:
-    if int(transformers.__version__.split(".")[0]) < 5:
-        raise ImportError(f"transformers {transformers.__version__}: needed is 5 or newer; pip install -U transformers")
+    version = transformers.__version__
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (5, 20):
+        raise ImportError(f"transformers {version}: needed is 5.20 or newer; pip install -U transformers")
 
 
 def _refuse_inexact(model, max_len: int) -> None:
@@ -1100,7 +1101,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            with contextlib.suppress(ImportError):  # transformers 4: `__getattr__` says so to those who need it
+            with contextlib.suppress(ImportError):  # an old transformers: `__getattr__` says so to those who need it
                 define()
 
         spec.loader.exec_module = exec_module
