@@ -163,8 +163,8 @@ def _tidy(outputs: list) -> list:
     kept = []
     for output in outputs:
         data = output.get("data", {})
-        if "application/vnd.jupyter.widget-view+json" in data:
-            continue  # a live widget cannot be shown from a file: code-hosting pages call it an invalid notebook
+        # A live widget cannot be shown from a file: code-hosting pages call it an invalid notebook. Its text can.
+        data.pop("application/vnd.jupyter.widget-view+json", None)
         if output.output_type == "stream" and output.name == "stderr":
             raise SystemExit(f"a cell wrote to stderr:\n{output.text}")
         if output.output_type == "stream" and kept and kept[-1].output_type == "stream":
