@@ -156,10 +156,11 @@ def execute(notebook: nbformat.NotebookNode, solved: bool) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = _tidy(cell.outputs)
+            cell.outputs = tidy(cell.outputs)
 
 
-def _tidy(outputs: list) -> list:
+def tidy(outputs: list) -> list:
+    """The outputs without live widgets, each stream in one piece. Exits where a cell wrote to stderr."""
     kept = []
     for output in outputs:
         data = output.get("data", {})
