@@ -29,6 +29,7 @@ BUDGET = re.compile(r"the code runs in at most (\d+) s on two CPU cores")
 DIRECTIVE = re.compile(r"^# \{\{tpa: (.+)\}\}$", re.MULTILINE)
 INSTALLED_FROM = re.compile(r"git\+(https://[^\s\"]+)")
 
+FOLDED = "# The code of this picture or table"
 SETUP = """\
 import importlib
 import pathlib
@@ -129,6 +130,8 @@ def compose(source: Path, solved: bool) -> nbformat.NotebookNode:
             cell.source = DIRECTIVE.sub(lambda m: "\n\n\n".join(known[name] for name in m[1].split()), cell.source)
         if solved and cell.cell_type == "markdown":  # one folder deeper; links to notebooks stay among the solved
             cell.source = re.sub(r"\]\((\.\./|README\.md)", r"](../\1", cell.source).replace("](solutions/", "](")
+        if "hide-input" in tags:  # folded, its first line is what JupyterLab shows of it, and does not wrap
+            cell.source = f"{FOLDED}\n{cell.source}"
         kept = {key: cell.metadata[key] for key in ("tags", "claim") if key in cell.metadata}
         if {"hide-input", "setup"} & set(tags):  # JupyterLab folds the code; jupyter-book reads the tag
             kept["tags"] = sorted({*tags, "hide-input"})

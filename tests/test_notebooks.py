@@ -131,6 +131,8 @@ def test_code_fits_without_scrolling(source, solved):
             cell.metadata.get("tags", [])
         ):  # the module's own lines, and folded
             assert not [line for line in cell.source.splitlines() if len(line) > 88], cell.id
+        if cell.metadata.get("jupyter", {}).get("source_hidden"):
+            assert len(cell.source.splitlines()[0]) <= 36, f"{cell.id}: its first line does not fit in a narrow window"
 
 
 @each_built

@@ -588,7 +588,11 @@ fig, ax = plt.subplots(figsize=(7, 3.8))
 for (kind, values), style in zip(errors.items(), ("-s", "-.^", "--o", "-D")):
     ax.loglog(t_values, values, style, ms=4, lw=1.5)
     ax.annotate(
-        kind, (t_values[6], values[6]), xytext=(6, -14), textcoords="offset points"
+        kind,
+        (t_values[6], values[6]),
+        xytext=(-6, 7),
+        textcoords="offset points",
+        ha="right",
     )
 ax.set(
     xlabel="position t (tokens)", ylabel="relative error of the logits", ylim=(3e-9, 10)

@@ -109,8 +109,9 @@ print(
 fig, ax = plt.subplots()
 x = torch.logspace(-2, 8, 100, base=2)
 ax.plot(x, (x * bandwidth).clamp(max=peak) / 1e9, color="black")
-for (name, value), marker in zip(kinds.items(), "os^"):
-    ax.plot(value, min(value * bandwidth, peak) / 1e9, marker, markersize=9)
+for (name, value), mechanism in zip(kinds.items(), ("mha", "gqa", "tpa")):
+    style = looks.of(mechanism).line_style()
+    ax.plot(value, min(value * bandwidth, peak) / 1e9, markersize=9, **style)
     ax.annotate(
         name,
         (value, min(value * bandwidth, peak) / 1e9),

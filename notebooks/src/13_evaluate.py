@@ -506,7 +506,7 @@ for task, style in zip(evaluate.LESSONS, ("o-", "s--", "^:")):
         losses, values, yerr=errors, fmt=style, label=task.removeprefix("lessons_")
     )
 ax.axhline(25, color="black", linestyle=":", linewidth=1.2)
-ax.text(4, 26, "chance", va="bottom")
+ax.text(1.01, 25, "chance", va="center", transform=ax.get_yaxis_transform())
 ax.set(
     xlabel="held-out loss [nats per token]",
     ylabel="acc [%], one standard error",
