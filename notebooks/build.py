@@ -29,6 +29,7 @@ BUDGET = re.compile(r"the code runs in at most (\d+) s on two CPU cores")
 DIRECTIVE = re.compile(r"^# \{\{tpa: (.+)\}\}$", re.MULTILINE)
 INSTALLED_FROM = re.compile(r"git\+(https://[^\s\"]+)")
 
+FOLDED = "# The code of this picture or table"
 SETUP = """\
 import importlib
 import pathlib
@@ -129,6 +130,8 @@ def compose(source: Path, solved: bool) -> nbformat.NotebookNode:
             cell.source = DIRECTIVE.sub(lambda m: "\n\n\n".join(known[name] for name in m[1].split()), cell.source)
         if solved and cell.cell_type == "markdown":  # one folder deeper; links to notebooks stay among the solved
             cell.source = re.sub(r"\]\((\.\./|README\.md)", r"](../\1", cell.source).replace("](solutions/", "](")
+        if "hide-input" in tags:  # folded, its first line is what JupyterLab shows of it, and does not wrap
+            cell.source = f"{FOLDED}\n{cell.source}"
         kept = {key: cell.metadata[key] for key in ("tags", "claim") if key in cell.metadata}
         if {"hide-input", "setup"} & set(tags):  # JupyterLab folds the code; jupyter-book reads the tag
             kept["tags"] = sorted({*tags, "hide-input"})
@@ -156,15 +159,16 @@ def execute(notebook: nbformat.NotebookNode, solved: bool) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = _tidy(cell.outputs)
+            cell.outputs = tidy(cell.outputs)
 
 
-def _tidy(outputs: list) -> list:
+def tidy(outputs: list) -> list:
+    """The outputs without live widgets, each stream in one piece. Exits where a cell wrote to stderr."""
     kept = []
     for output in outputs:
         data = output.get("data", {})
-        if "application/vnd.jupyter.widget-view+json" in data:
-            continue  # a live widget cannot be shown from a file: code-hosting pages call it an invalid notebook
+        # A live widget cannot be shown from a file: code-hosting pages call it an invalid notebook. Its text can.
+        data.pop("application/vnd.jupyter.widget-view+json", None)
         if output.output_type == "stream" and output.name == "stderr":
             raise SystemExit(f"a cell wrote to stderr:\n{output.text}")
         if output.output_type == "stream" and kept and kept[-1].output_type == "stream":

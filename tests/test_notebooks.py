@@ -125,6 +125,17 @@ def test_shape_of_a_notebook(source):
 
 
 @each_built
+def test_code_fits_without_scrolling(source, solved):
+    for cell in code_cells(build.compose(source, solved)):
+        if not {"tpa", "setup", "hide-input"} & set(
+            cell.metadata.get("tags", [])
+        ):  # the module's own lines, and folded
+            assert not [line for line in cell.source.splitlines() if len(line) > 88], cell.id
+        if cell.metadata.get("jupyter", {}).get("source_hidden"):
+            assert len(cell.source.splitlines()[0]) <= 36, f"{cell.id}: its first line does not fit in a narrow window"
+
+
+@each_built
 def test_every_picture_has_alt_text_and_fits(source, solved):
     for cell in code_cells(read(source, solved)):
         for output in cell.outputs:
@@ -214,6 +225,12 @@ def test_the_setup_cell_works_wherever_a_notebook_is_opened(opened, tmp_path):
     wheel = tmp_path / "tpa_minimal-0.1.0-py3-none-any.whl"
     wheel.touch()
     assert opened(tmp_path, installs=True) == [None, [f"{wheel}[course,experiments]"]]
+
+
+def test_what_stands_for_controls_is_kept_and_the_controls_are_not():
+    data = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "a sentence"}
+    (kept,) = build.tidy([nbformat.v4.new_output("display_data", data)])
+    assert kept.data == {"text/plain": "a sentence"}
 
 
 def test_an_address_that_is_not_on_github_gets_no_colab_badge(monkeypatch):

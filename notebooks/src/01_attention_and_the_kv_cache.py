@@ -644,12 +644,12 @@ looks.show(
 def still_right():
     raise NotImplementedError
     return {  # replace each ... by True or False
-        "a": ...,  # causal model, a token is appended         [layer 2, all 100 old tokens]
-        "b": ...,  # bidirectional model, a token is appended  [layer 1, all 100 old tokens]
-        "c": ...,  # bidirectional model, a token is appended  [layer 2, all 100 old tokens]
-        "d": ...,  # causal model, token 50 is replaced        [layer 2, tokens before 50]
-        "e": ...,  # causal model, token 50 is replaced        [layer 1, tokens after 50]
-        "f": ...,  # causal model, token 50 is replaced        [layer 2, tokens after 50]
+        "a": ...,  # causal model, a token is appended [layer 2, all 100 old tokens]
+        "b": ...,  # bidirectional, a token is appended [layer 1, all 100 old tokens]
+        "c": ...,  # bidirectional, a token is appended [layer 2, all 100 old tokens]
+        "d": ...,  # causal model, token 50 is replaced [layer 2, tokens before 50]
+        "e": ...,  # causal model, token 50 is replaced [layer 1, tokens after 50]
+        "f": ...,  # causal model, token 50 is replaced [layer 2, tokens after 50]
     }
 
 
@@ -657,8 +657,8 @@ def still_right():
 def still_right():
     return {
         "a": True,  # an old token never sees a later one, at any depth
-        "b": True,  # in layer 1 a key is a linear map of its own token's embedding, mask or no mask
-        "c": False,  # layer 2 reads what layer 1 mixed, and there old tokens saw the new one
+        "b": True,  # in layer 1 a key is a linear map of its own token alone
+        "c": False,  # layer 1 mixed the new token into the old ones
         "d": True,  # they come before the change
         "e": True,  # again: layer 1 has not mixed anything yet
         "f": False,  # they attended to token 50 in layer 1

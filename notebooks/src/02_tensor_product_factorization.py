@@ -858,7 +858,8 @@ def power(function, x):
 # %% tags=["solution"]
 def power(function, x):
     return math.log2((function(2 * x).norm() / function(x).norm()).item())
-    # K: 1 in MHA and 2 in TPA, which no static low-rank weight can imitate. Logits: 2, 4, and 3 with linear queries.
+    # K: 1 in MHA and 2 in TPA, which no static low-rank weight can imitate.
+    # Logits: 2, 4, and 3 with linear queries.
     # Even: Q, K and V of TPA cannot tell x from -x.
 
 
@@ -901,7 +902,7 @@ def logit_std(config):
 
 # %% tags=["solution"]
 def logit_std(config):
-    variance = 1.0  # of q · k / √d_h: d_h products of variance var(q) var(k) each, divided by d_h
+    variance = 1.0  # of q · k / √d_h: d_h products of variance var(q) var(k), over d_h
     for rank in (config.rank_q, config.rank_k):
         var_a = (
             config.d_model * factor_bound(config, rank, config.n_head, True) ** 2 / 3

@@ -588,7 +588,11 @@ fig, ax = plt.subplots(figsize=(7, 3.8))
 for (kind, values), style in zip(errors.items(), ("-s", "-.^", "--o", "-D")):
     ax.loglog(t_values, values, style, ms=4, lw=1.5)
     ax.annotate(
-        kind, (t_values[6], values[6]), xytext=(6, -14), textcoords="offset points"
+        kind,
+        (t_values[6], values[6]),
+        xytext=(-6, 7),
+        textcoords="offset points",
+        ha="right",
     )
 ax.set(
     xlabel="position t (tokens)", ylabel="relative error of the logits", ylim=(3e-9, 10)
@@ -854,13 +858,15 @@ checks.ex03_2(apply_rope_interleaved)
 
 # %% tags=["exercise"]
 def move_back(b_k, by, base):
-    # b_k: (B, M, R, d_h), each already rotated at its own position; use rope_tables(..., b_k.dtype) and apply_rope
+    # b_k: (B, M, R, d_h), each already rotated at its own position;
+    # use rope_tables(..., b_k.dtype) and apply_rope
     raise NotImplementedError
 
 
 # %% tags=["solution"]
 def move_back(b_k, by, base):
-    # b Θ_s is to become b Θ_{s - by} = b Θ_s Θ_{-by}: one and the same rotation, by -by, for all tokens.
+    # b Θ_s is to become b Θ_{s - by} = b Θ_s Θ_{-by}:
+    # one and the same rotation, by -by, for all tokens.
     return apply_rope(
         b_k, *rope_tables(torch.tensor([-by]), b_k.shape[-1], base, b_k.dtype)
     )
@@ -901,7 +907,8 @@ checks.ex03_3(move_back)
 
 # %% tags=["exercise"]
 def find_bug(layer):
-    # x = torch.randn(1, 32, layer.d_model, dtype=torch.float64); logits, out = layer(x, start=0)
+    # x = torch.randn(1, 32, layer.d_model, dtype=torch.float64)
+    # logits, out = layer(x, start=0)
     raise NotImplementedError
 
 

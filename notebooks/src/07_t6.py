@@ -601,7 +601,8 @@ def shared_b_heads(d_model: int, d_head: int, rank_q: int, rank: int) -> int:
 
 # %% tags=["solution"]
 def shared_b_heads(d_model: int, d_head: int, rank_q: int, rank: int) -> int:
-    # weights / d_model = (R_Q + 2R) h + (R_Q + R) d_h + h d_h: three head factors, but two feature factors
+    # weights / d_model = (R_Q + 2R) h + (R_Q + R) d_h + h d_h:
+    # three head factors, but two feature factors
     price_per_head = rank_q + 2 * rank + d_head
     return round((4 * d_model - (rank_q + rank) * d_head) / price_per_head)
 
@@ -683,15 +684,17 @@ checks.ex07_2(top_p)
 
 # %% tags=["exercise"]
 def moved_by_the_first_step() -> set[str]:
-    # choose from: "embedding", "factor_proj", "out_proj", "gate_proj", "up_proj", "down_proj"
+    # choose from: "embedding", "factor_proj", "out_proj",
+    # "gate_proj", "up_proj", "down_proj"
     raise NotImplementedError
 
 
 # %% tags=["solution"]
 def moved_by_the_first_step() -> set[str]:
-    # The gradient of a matrix W in W·z needs z; what lies before W is reached only through W.
-    # out_proj and down_proj read something that is not zero, so they move; being zero, they let nothing past.
-    # The embedding is reached along the residual stream and as output layer. From step two on everything moves.
+    # The gradient of W in W·z needs z; what lies before W is reached only through W.
+    # out_proj and down_proj read something that is not zero, so they move;
+    # being zero, they let nothing past. The embedding is reached along the residual
+    # stream and as output layer. From step two on everything moves.
     return {"embedding", "out_proj", "down_proj"}
 
 

@@ -340,7 +340,9 @@ print([f"{row['train_loss']:.4f}" for row in resumed.metrics[5:9]])
 
 # %% tags=["exercise"]
 def losses_would_differ():
-    raise NotImplementedError  # return dict(weights=..., moments=..., step=..., gradients=..., validation_losses=...)
+    # return dict(weights=..., moments=..., step=..., gradients=...,
+    #             validation_losses=...)
+    raise NotImplementedError
 
 
 # %% tags=["solution"]

@@ -807,7 +807,7 @@ checks.ex09_2(largest_rank)
 
 # %% tags=["exercise"]
 def leaflet():
-    raise NotImplementedError  # return dict(a="...", b="...", c="...", d="...", e="...", f="...")
+    raise NotImplementedError  # return dict(a="...", b="...", ..., f="...")
 
 
 # %% tags=["solution"]

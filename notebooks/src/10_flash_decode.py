@@ -97,7 +97,8 @@ matrix = torch.randn(1024, 1024, device=device)
 product = bench.in_turns({"product": lambda: matrix @ matrix}, 5, device)["product"]
 peak = 2 * 1024**3 / (product["min_ms"] / 1000)
 print(
-    f"{bandwidth / 1e9:.0f} GB/s, {peak / 1e9:.0f} billion operations per second, {threads} threads, {device}"
+    f"{bandwidth / 1e9:.0f} GB/s, {peak / 1e9:.0f} billion operations per second, "
+    f"{threads} threads, {device}"
 )
 
 # %% [markdown]
@@ -108,8 +109,9 @@ print(
 fig, ax = plt.subplots()
 x = torch.logspace(-2, 8, 100, base=2)
 ax.plot(x, (x * bandwidth).clamp(max=peak) / 1e9, color="black")
-for (name, value), marker in zip(kinds.items(), "os^"):
-    ax.plot(value, min(value * bandwidth, peak) / 1e9, marker, markersize=9)
+for (name, value), mechanism in zip(kinds.items(), ("mha", "gqa", "tpa")):
+    style = looks.of(mechanism).line_style()
+    ax.plot(value, min(value * bandwidth, peak) / 1e9, markersize=9, **style)
     ax.annotate(
         name,
         (value, min(value * bandwidth, peak) / 1e9),
@@ -143,7 +145,7 @@ looks.show(
 
 # %%
 def attend_to(scores, v):
-    """What one split leaves: scores (M, h), v (M, h, d_h) -> m (h), s (h), y (h, d_h)."""
+    """What one split leaves: scores (M, h), v (M, h, d_h) -> m, s (h), y (h, d_h)."""
     m = scores.amax(0)
     weights = torch.exp2(scores - m)
     return m, weights.sum(0), torch.einsum("mh,mhd->hd", weights, v)
@@ -196,7 +198,8 @@ for heads in (16, 32, 34, 64):
     as_rows = heads / (64 * math.ceil(heads / 64))
     as_columns = heads / triton.next_power_of_2(heads)
     print(
-        f"{heads} heads: {as_rows:4.0%} of the rows used, or {as_columns:4.0%} of the columns"
+        f"{heads} heads: {as_rows:4.0%} of the rows used, "
+        f"or {as_columns:4.0%} of the columns"
     )
 
 # %% [markdown]
@@ -317,7 +320,8 @@ shrink = torch.exp2(m - m.amax(0))
 ours = (shrink[..., None] * y).sum(0) / (shrink * s).sum(0)[:, None]
 exact = factor_attention(*(factor.double() for factor in factors), start=M - 1)[0, 0]
 print(
-    f"relative error against float64: {((ours - exact).norm() / exact.norm()).item():.0e}"
+    f"relative error against float64: "
+    f"{((ours - exact).norm() / exact.norm()).item():.0e}"
 )
 assert (ours - exact).norm() <= 1e-5 * exact.norm()
 
@@ -370,7 +374,8 @@ for dtype in (torch.float32, torch.bfloat16):
         got = flash_decode.decode(*factors).double()
         worst[dtype, scale] = ((got - exact).norm() / exact.norm()).item()
         print(
-            f"{str(dtype):15} factors × {scale:2}: relative error {worst[dtype, scale]:.0e}"
+            f"{str(dtype):15} factors × {scale:2}: "
+            f"relative error {worst[dtype, scale]:.0e}"
         )
 assert all(
     value <= (1e-5 if dtype == torch.float32 else 2e-2)
@@ -406,7 +411,8 @@ before = last_logits(model)
 flash_decode.use(model)
 difference = (last_logits(model) - before).abs().max().item()
 print(
-    f"logits differ by {difference:.0e}, and are as large as {before.abs().max().item():.0f}"
+    f"logits differ by {difference:.0e}, "
+    f"and are as large as {before.abs().max().item():.0f}"
 )
 assert difference <= 1e-4 * before.abs().max()
 
@@ -465,7 +471,8 @@ for name in names:
     row = fastest[name, contexts[-1]]
     size, share = row["bytes"] / 1e6, row["bytes"] / speed / row["median_ms"]
     print(
-        f"{name:15} {size:8.1f} MB  {row['median_ms']:8.2f} ms  {share:4.0%} of bandwidth"
+        f"{name:15} {size:8.1f} MB  {row['median_ms']:8.2f} ms  "
+        f"{share:4.0%} of bandwidth"
     )
 
 # %% [markdown]
@@ -599,7 +606,7 @@ checks.ex10_2(least_ms)
 
 # %% tags=["exercise"]
 def judgement():
-    raise NotImplementedError  # return {"a": ..., "b": ..., "c": ..., "d": ..., "e": ...}
+    raise NotImplementedError  # return {"a": ..., "b": ..., ..., "e": ...}
 
 
 # %% tags=["solution"]

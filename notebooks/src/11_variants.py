@@ -225,7 +225,8 @@ for rotate_values in (False, True):
     )
     change = (here - there).norm() / here.norm()
     print(
-        f"values rotated: {rotate_values!s:5}  moving the text by 1,000 positions changes the output by {change:.1e}"
+        f"values rotated: {rotate_values!s:5}  "
+        f"moving the text by 1,000 positions changes the output by {change:.1e}"
     )
     assert (change < 1e-9) != rotate_values
 
@@ -242,7 +243,8 @@ assert_close(torch.cat(parts, dim=1), shared(x))
 R, h, d_head = config.rank_k, config.n_head, config.d_head
 assert cache.nbytes == 2 * 24 * R * (2 * h + d_head) * 8
 print(
-    f"cached: {R * (2 * h + d_head)} numbers per token where TPA has {2 * R * (h + d_head)}"
+    f"cached: {R * (2 * h + d_head)} numbers per token "
+    f"where TPA has {2 * R * (h + d_head)}"
 )
 
 # %% [markdown]
@@ -348,8 +350,8 @@ from tpa_minimal.experiments import data, train
 torch.set_default_dtype(torch.float32)
 lessons = data.prepare("lessons", 400_000, progress=False)
 small = T6Config(
-    vocab_size=lessons.vocab_size, n_layer=2, d_model=64, n_head=8, d_head=16, rank_q=4, rank_k=2, rank_v=2, max_len=64,
-    init="authors",
+    vocab_size=lessons.vocab_size, n_layer=2, d_model=64, n_head=8, d_head=16,
+    rank_q=4, rank_k=2, rank_v=2, max_len=64, init="authors",
 )  # fmt: skip
 steps = 400 if os.environ.get("TPA_FULL") == "1" else 40
 held_out = list(lessons.validation_batches(batch_size=16, seq_len=64, max_batches=8))

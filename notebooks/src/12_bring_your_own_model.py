@@ -98,8 +98,9 @@ print("mirror, rotate, mirror = rotate the other way")
 # %%
 if have_transformers:
     config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, eos_token_id=None, pad_token_id=255,
+        vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=3,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=256,
+        rms_norm_eps=1e-5, eos_token_id=None, pad_token_id=255,
     )  # fmt: skip
     llama = transformers.LlamaForCausalLM(config).eval()
     for name, weight in llama.named_parameters():
@@ -139,7 +140,8 @@ if have_transformers:
                 t6 = exact
             error = (t6(tokens) - expected).abs().max()
             print(
-                f"float32 inside, as transformers: {in_float32!s:5}  largest difference {error:.0e}"
+                f"float32 inside, as transformers: {in_float32!s:5}  "
+                f"largest difference {error:.0e}"
             )
             assert (error < 1e-9) == in_float32
 

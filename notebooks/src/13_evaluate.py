@@ -60,7 +60,8 @@ with contextlib.redirect_stdout(None):
 subject = evaluate.open_model(str(result.out))
 model, tokenizer = subject.model, subject.run.tokenizer
 print(
-    f"{model.num_parameters():,} weights; held-out loss {result.metrics[-1]['val_loss']:.2f} nats"
+    f"{model.num_parameters():,} weights; "
+    f"held-out loss {result.metrics[-1]['val_loss']:.2f} nats"
 )
 
 # %% [markdown]
@@ -94,7 +95,8 @@ def log_likelihood_of(ending):
 # %%
 for token, log_p in zip(tokenizer.encode(endings[0]), log_likelihood_of(endings[0])):
     print(
-        f"{tokenizer.decode([token])!r:10} p = {math.exp(log_p):6.1%}   log p = {log_p:6.2f}"
+        f"{tokenizer.decode([token])!r:10} "
+        f"p = {math.exp(log_p):6.1%}   log p = {log_p:6.2f}"
     )
 print(f"sum = {sum(log_likelihood_of(endings[0])):.2f}")
 
@@ -247,7 +249,8 @@ draw = np.random.default_rng(0)
 n, p = 400, 0.25
 scores = (draw.random((1000, n)) < p).mean(axis=1)
 print(
-    f"from {scores.min():.1%} to {scores.max():.1%}; standard deviation {scores.std():.2%}"
+    f"from {scores.min():.1%} to {scores.max():.1%}; "
+    f"standard deviation {scores.std():.2%}"
 )
 print(f"the formula says {math.sqrt(p * (1 - p) / n):.2%}")
 assert abs(scores.std() / math.sqrt(p * (1 - p) / n) - 1) < 0.1
@@ -262,7 +265,7 @@ assert abs(scores.std() / math.sqrt(p * (1 - p) / n) - 1) < 0.1
 
 # %%
 def share_won(n, p=0.462, q=0.463):
-    """How often the model with q scores higher than the one with p, over n questions each."""
+    """How often the model with q beats the one with p, over n questions each."""
     error = math.sqrt((p * (1 - p) + q * (1 - q)) / n)
     return 0.5 * (1 + math.erf((q - p) / error / math.sqrt(2)))
 
@@ -339,19 +342,21 @@ checks.ex13_3(questions_needed)
 
 # %%
 questions = dict(
-    arc_easy=2376, arc_challenge=1172, boolq=3270, hellaswag=10042, openbookqa=500, piqa=1838, winogrande=1267,
-    mmlu=14042, sciq=1000,
+    arc_easy=2376, arc_challenge=1172, boolq=3270, hellaswag=10042, openbookqa=500,
+    piqa=1838, winogrande=1267, mmlu=14042, sciq=1000,
 )  # fmt: skip
 assert set(questions) == set(evaluate.PAPER_TASKS)
-# p (1 - p) is a quarter at most, and each task counts a ninth, however many questions it has.
+# p (1 - p) is a quarter at most, and each task counts a ninth, whatever its length.
 error = 100 * math.sqrt(sum(0.25 / n for n in questions.values())) / 9
 of_difference = math.sqrt(2) * error
 print(
-    f"{sum(questions.values()):,} questions; standard error of an average at most {error:.2f} points,"
+    f"{sum(questions.values()):,} questions; "
+    f"standard error of an average at most {error:.2f} points,"
 )
 print(f"of the difference of two at most {of_difference:.2f}")
 print(
-    f"as if {0.25 / (error / 100) ** 2:,.0f} questions had been asked; 46.2 and 46.3 need 1.9 million"
+    f"as if {0.25 / (error / 100) ** 2:,.0f} questions had been asked; "
+    f"46.2 and 46.3 need 1.9 million"
 )
 
 # %% [markdown]
@@ -507,7 +512,7 @@ for task, style in zip(evaluate.LESSONS, ("o-", "s--", "^:")):
         losses, values, yerr=errors, fmt=style, label=task.removeprefix("lessons_")
     )
 ax.axhline(25, color="black", linestyle=":", linewidth=1.2)
-ax.text(4, 26, "chance", va="bottom")
+ax.text(1.01, 25, "chance", va="center", transform=ax.get_yaxis_transform())
 ax.set(
     xlabel="held-out loss [nats per token]",
     ylabel="acc [%], one standard error",

@@ -239,6 +239,7 @@ def test_heads_that_cannot_be_split_are_one_line_that_says_what_works():
 def test_the_static_twin_is_what_the_controls_show_first(monkeypatch):
     shown = []
     monkeypatch.setattr(explorer, "display", lambda thing, raw=False: shown.append(thing))
+    monkeypatch.setattr(explorer.looks, "show_live", shown.append)
     explorer.show()
     explorer.explore()
     assert shown[0]["text/html"] == shown[1].children[1].value

@@ -121,7 +121,8 @@ def test_an_animation_begins_and_ends_with_its_still(shown):
 # -------------------------------------------------------------------------------------------------------- controls
 
 
-def test_a_control_redraws_from_its_settings_and_its_twin_is_the_same_picture(shown):
+def test_a_control_redraws_from_its_settings_and_its_twin_is_the_same_picture(shown, monkeypatch):
+    monkeypatch.setattr(looks, "show_live", shown.append)
     drawn = []
 
     def draw(rank, kind):
@@ -151,6 +152,12 @@ def test_a_control_of_few_states_draws_them_before_it_is_shown(shown, last, expe
     assert len(drawn) == expected and len(shown) == 1
 
 
+def test_where_no_kernel_runs_a_sentence_stands_for_the_controls(shown):
+    looks.control(lambda rank: (figure(), f"rank {rank}"), rank=(1, 4, 2))
+    assert len(shown[0]["application/vnd.jupyter.widget-view+json"]["model_id"]) == 32
+    assert "the picture above" in shown[0]["text/plain"]
+
+
 def test_without_ipywidgets_a_sentence_says_so(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "ipywidgets", None)
     looks.control(lambda rank: 1 / 0, rank=(1, 4, 2))
@@ -163,3 +170,10 @@ def test_a_table_is_html_with_headings_and_a_caption(shown):
     assert '<caption style="text-align:left">cached</caption>' in page and page.count('scope="col"') == 2
     assert "&lt;TPA&gt;</th>" in page and ">1,536</td>" in page and ">3.9 ×</td>" in page
     assert shown[0]["text/plain"] == "cached\n       numbers\n  MHA    1,536\n<TPA>    3.9 ×"
+
+
+def test_a_column_of_words_stands_left_and_one_of_numbers_right(shown):
+    looks.table(["", "bytes", "note"], [["MHA", 8, "fits"], ["MQA", "any", "–"], ["TPA", 2, "fits"]], caption="c")
+    page = shown[0]["text/html"]
+    assert 'left">note</th>' in page and page.count('<td style="text-align:left">') == 3
+    assert 'right">bytes</th>' in page and page.count('<td style="text-align:right">') == 3

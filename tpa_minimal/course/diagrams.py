@@ -110,7 +110,7 @@ def ratio_map(ranks=(1, 2, 4, 8), n_kv_head=None, marks: dict[str, tuple[int, in
         lines = ax.contour(heads, widths, ratio, levels=[2, 4, 8, 16, 32], colors="black", linewidths=0.8)
         places = []  # of the lines' labels: low, where no mark is, and not so near an edge that they would be cut
         for line in (line for level in lines.allsegs for line in level if len(line) > 30):
-            inner = line[(line[:, 0] > 1.5 * heads[0]) & (line[:, 0] < 0.8 * heads[-1]) & (line[:, 1] < 200)]
+            inner = line[(line[:, 0] > 1.5 * heads[0]) & (line[:, 0] < 0.7 * heads[-1]) & (line[:, 1] < 200)]
             if len(inner):
                 places.append(inner[np.abs(np.log(inner[:, 1] / 28)).argmin()])
         ax.contour(heads, widths, ratio, levels=[1], colors=COLOURS[1], linewidths=3.5)

@@ -255,4 +255,4 @@ def explore(settings: Settings = Settings()) -> None:  # noqa: B008 (frozen)
         box = build(settings)
     except ImportError:
         return print("The controls need ipywidgets, which is not installed; the picture above shows one setting.")
-    display(box)
+    looks.show_live(box)

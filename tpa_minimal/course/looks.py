@@ -171,7 +171,7 @@ def control(draw: Callable[..., tuple[Figure, str]], **settings) -> None:
         fig, alt = draw(**dict(zip(settings, values)))
         return image_html(small_png(closed(fig)), alt)
 
-    wide = {"layout": {"width": "30em", "max_width": "100%"}, "style": {"description_width": "12em"}}
+    wide = {"layout": {"width": "30em", "max_width": "98%"}, "style": {"description_width": "7em"}}
     handles, states = [], []
     for name, setting in settings.items():
         label = name.replace("_", " ")
@@ -194,23 +194,35 @@ def control(draw: Callable[..., tuple[Figure, str]], **settings) -> None:
     if math.prod(map(len, states)) <= PREDRAWN:
         for values in itertools.product(*states):
             picture(values)
-    display(ipywidgets.VBox([*handles, answer]))
+    show_live(ipywidgets.VBox([*handles, answer]))
+
+
+def show_live(box) -> None:
+    """Show an ipywidgets box; a page without a kernel, which cannot, shows a sentence in its place."""
+    view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
+    sentence = "The controls work while the notebook runs; the picture above shows one of their states."
+    display({"application/vnd.jupyter.widget-view+json": view, "text/plain": sentence}, raw=True)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence], caption: str) -> None:
-    """Show a table as HTML, with its first column as the rows' headings; numbers get separators and stand right."""
+    """Show a table as HTML, with its first column as the rows' headings; numbers get separators and stand right.
+
+    A column of words, of which most cells begin with a letter, stands left.
+    """
 
     def text(value) -> str:
         return f"{value:,}" if isinstance(value, int) else str(value)
 
     cells = [[text(value) for value in row] for row in rows]
+    words = [sum(value[:1].isalpha() for value in column) * 2 > len(cells) for column in zip(*cells)]
+    sides = ["left", *("left" if said else "right" for said in words[1:])]
     line = '<th scope="row" style="text-align:left">{}</th>'
     column = '<th scope="col" style="text-align:{}">{}</th>'
     parts = [f'<table><caption style="text-align:left">{html.escape(caption)}</caption><thead><tr>']
-    parts += [column.format("right" if n else "left", html.escape(name)) for n, name in enumerate(header)]
+    parts += [column.format(side, html.escape(name)) for side, name in zip(sides, header)]
     parts.append("</tr></thead><tbody>")
     for first, *others in cells:
-        data = "".join(f'<td style="text-align:right">{html.escape(value)}</td>' for value in others)
+        data = "".join(f'<td style="text-align:{s}">{html.escape(v)}</td>' for s, v in zip(sides[1:], others))
         parts.append(f"<tr>{line.format(html.escape(first))}{data}</tr>")
     widths = [max(map(len, column)) for column in zip(header, *cells)]
     lines = ["  ".join(value.rjust(width) for value, width in zip(row, widths)) for row in [header, *cells]]
