@@ -154,8 +154,8 @@ class Text(NamedTuple):
         return self.tokens.batch(*arguments)
 
     def held_out(self, quick: bool) -> dict[str, Iterable[tuple[Tensor, Tensor]]]:
-        """All of the held-out split, or its first 4,096 tokens."""
-        batch_size = max(1, 4096 // self.seq_len)
+        """All of the held-out split, or its first 2,048 tokens."""
+        batch_size = max(1, 2048 // self.seq_len)
         return {"text": self.tokens.validation_batches(batch_size, self.seq_len, 1 if quick else 2**40)}
 
 
@@ -287,9 +287,7 @@ def rate(k: int) -> float:
     return float(f"{0.001 * 2 ** (k / 2):.3g}")
 
 
-def tuned(
-    rows: list[dict], cell: str, seeds: Iterable[int], first: Iterable[float]
-) -> tuple[float | None, list[float]]:
+def tuned(rows: list[dict], cell: str, seeds: range, first: Iterable[float]) -> tuple[float | None, list[float]]:
     """The best rate of a cell and the rates to try next: the best is None until it is known, then nothing is next.
 
     The best has the lowest mean val_loss over the tuning `seeds`, a failed run counting as infinite. The grid starts
@@ -302,7 +300,7 @@ def tuned(
     missing = sorted(lr for lr, found in losses.items() if len(found) < len(seeds))
     if missing:
         return None, missing
-    best = min(losses, key=lambda lr: statistics.fmean(losses[lr].values()))
+    best = min(losses, key=lambda lr: (statistics.fmean(losses[lr].values()), lr))  # where all have failed, the lowest
     k = round(2 * math.log2(best / 0.001))
     if best in (min(losses), max(losses)):
         return None, [rate(k - 1 if best == min(losses) else k + 1)]
@@ -329,6 +327,15 @@ def plan(options: "Options", rows: list[dict], names: Iterable[str]) -> tuple[li
 
 
 # -------------------------------------------------------------------------------------------------------- one run
+
+
+class Point(NamedTuple):
+    """One quick evaluation: after so many steps and seconds of training; accuracy of recall, 0 where none is asked."""
+
+    step: int
+    seconds: float
+    val_loss: float
+    recall_accuracy: float
 
 
 class Stopped(Exception):  # noqa: N818, no error
@@ -390,8 +397,9 @@ def train_on(trainer: train.Trainer, state: dict, folder: Path) -> None:
             if not math.isfinite(loss):
                 raise train.DivergedError(f"loss is {loss} at step {state['step'] - 1}")
             if state["step"] % max(1, steps // 20) == 0:
-                measures = evaluate(trainer.model, trainer.data, quick=True)
-                history.append({"step": state["step"], "seconds": round(state["seconds"], 3), **measures})
+                quick = evaluate(trainer.model, trainer.data, quick=True)
+                point = Point(state["step"], state["seconds"], quick["val_loss"], quick.get("recall_accuracy", 0.0))
+                history.append([round(value, 4) for value in point])
             if stop.signal or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
                 save_checkpoint(folder, trainer.model, trainer.optimizer, {**_EMPTY, **state})
                 saved_at = time.monotonic()
@@ -500,9 +508,10 @@ def groups(rows: list[dict]) -> Iterator[tuple[str, list[dict], dict[str, list[f
         yield "{}, {}, {:,} steps".format(*key), fresh, {cell: sorted(tried) for cell, tried in rates.items()}
 
 
-def first_time(row: dict, what: str, reached: Callable[[dict], bool]) -> float:
-    """`what` ("step" or "seconds") at the first quick evaluation from which on it was `reached`; infinite if never."""
-    return next((point[what] for point in row["history"] if reached(point)), math.inf)
+def first(row: dict, what: str, reached: Callable[[Point], bool]) -> float:
+    """`what` of a point ("step", "seconds") at the first quick evaluation where it was `reached`; infinite if never."""
+    points = (Point(*point) for point in row["history"])
+    return next((getattr(point, what) for point in points if reached(point)), math.inf)
 
 
 def summary(rows: list[dict], rates: dict[str, list[float]]) -> list[dict]:
@@ -513,7 +522,7 @@ def summary(rows: list[dict], rates: dict[str, list[float]]) -> list[dict]:
     """
     present = list(dict.fromkeys(row["cell"] for row in rows))
     by_cell = {cell: [row for row in rows if row["cell"] == cell] for cell in present}
-    target = max(statistics.fmean(row["history"][-1]["val_loss"] for row in own) for own in by_cell.values())
+    target = max(statistics.fmean(Point(*row["history"][-1]).val_loss for row in own) for own in by_cell.values())
     found = []
     for cell, own in by_cell.items():
         entry = {name: own[0][name] for name in ("cell", "n_head", "layer_parameters", "cache_bytes_per_token", "lr")}
@@ -521,11 +530,11 @@ def summary(rows: list[dict], rates: dict[str, list[float]]) -> list[dict]:
         for name in ("text_loss", "recall_accuracy", "tokens_per_second"):
             if name in own[0]:
                 entry[name] = interval([row[name] for row in own])
-        times = [first_time(row, "seconds", lambda point: point["val_loss"] <= target) for row in own]
+        times = [first(row, "seconds", lambda point: point.val_loss <= target) for row in own]
         entry["seconds to loss"] = statistics.median(times)
         if "recall_accuracy" in own[0]:
             entry["solved"] = sum(row["recall_accuracy"] >= SOLVED for row in own)
-            steps = [first_time(row, "step", lambda point: point["recall_accuracy"] >= SOLVED) for row in own]
+            steps = [first(row, "step", lambda point: point.recall_accuracy >= SOLVED) for row in own]
             entry["steps to 90 %"] = statistics.median(steps)
         found.append(entry)
     return found
