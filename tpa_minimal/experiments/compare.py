@@ -26,18 +26,15 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import filelock
-import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor, nn
 
 from tpa_minimal.baselines import MultiHeadAttention, MultiHeadLatentAttention
@@ -51,18 +48,14 @@ from tpa_minimal.experiments.checkpoint import (
     read_state,
     save_checkpoint,
 )
+from tpa_minimal.experiments.contrasts import FIXED, TUNING, Point, table
 from tpa_minimal.experiments.options import parse
 from tpa_minimal.files import FileError, read_json_lines
 from tpa_minimal.memory import Layer, match_heads
 from tpa_minimal.tpa import T6Config, TensorProductAttention
 
 MEASURED = bench.RESULTS / "compare.jsonl"  # our own rows
-TUNING = 100  # seeds from here on choose the rate, those below are compared
 CHECKPOINT_SECONDS = 60.0
-SOLVED = 0.9  # the accuracy from which on recall counts as solved
-
-# The two questions, put before any run; all other contrasts are corrected for their number.
-FIXED = {"at equal weights": ("tpa", "mha"), "at equal bytes": ("tpa", "gqa")}
 
 
 # -------------------------------------------------------------------------------------------------- what to compare
@@ -128,11 +121,6 @@ def cells(base: T6Config) -> dict[str, Cell]:
         "mha-bytes": Cell("mha", {"n_head": groups}),
         "mqa-bytes": matched("gqa", {"d_head": 2 * max(1, round(numbers / 4))}, n_kv_head=1),
     }
-
-
-def baseline(cell: str) -> str:
-    """What a cell is compared with beside the fixed contrasts."""
-    return "tpa" if cell.startswith("tpa-") or cell.endswith("-bytes") else "mha"
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -221,10 +209,11 @@ def evaluate(model: nn.Module, task, quick: bool) -> dict[str, float]:
 
 # What a run is: two rows that agree in these are the same run.
 IDENTITY = ("data", "sha256", "preset", "cell", "seed", "lr", "steps", "batch_size", "seq_len")
-_ALWAYS = dict.fromkeys(("data", "sha256", "preset", "cell"), str)
-_ALWAYS |= {"seed": int, "steps": int, "batch_size": int, "seq_len": int, "lr": float, "seconds": float}
-_RESULT = dict.fromkeys(("n_head", "layer_parameters", "cache_bytes_per_token"), int)
-_RESULT |= {"val_loss": float, "tokens_per_second": float, "history": list}
+_NUMBER = (int, float)
+_ALWAYS = {**dict.fromkeys(("data", "sha256", "preset", "cell"), str), "lr": _NUMBER, "seconds": _NUMBER}
+_ALWAYS |= {**dict.fromkeys(("seed", "steps", "batch_size", "seq_len"), int), "wall_seconds": _NUMBER}
+_RESULT = {**dict.fromkeys(("n_head", "layer_parameters", "cache_bytes_per_token"), int), "history": list}
+_RESULT |= {"val_loss": _NUMBER, "tokens_per_second": _NUMBER}
 
 
 def read_rows(path: str | Path) -> list[dict]:
@@ -252,10 +241,23 @@ def _problem(row: dict) -> str | None:
         return "does not say whether the run failed"
     for name, kind in (_ALWAYS if failed else _ALWAYS | _RESULT).items():
         value = row.get(name)
-        number = isinstance(value, (int, kind)) and not isinstance(value, (bool, str, list)) and abs(value) < 1e300
-        if not (isinstance(value, kind) if kind in (str, list) else number):
+        numbers = [x for point in value for x in point] if kind is list and _points(value) else [value]
+        finite = all(abs(x) < 1e300 for x in numbers if isinstance(x, _NUMBER))
+        if isinstance(value, bool) or not (isinstance(value, kind) and finite) or kind is list and not _points(value):
             return f"{name} is {str(value)[:40]!r}"
     return None
+
+
+def _points(value) -> bool:
+    """Whether it is a history: one list of four numbers or more."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(point, list) and len(point) == 4 and all(isinstance(x, _NUMBER) for x in point)
+            for point in value
+        )
+    )
 
 
 def append_row(path: Path, row: dict) -> None:
@@ -329,15 +331,6 @@ def plan(options: "Options", rows: list[dict], names: Iterable[str]) -> tuple[li
 # -------------------------------------------------------------------------------------------------------- one run
 
 
-class Point(NamedTuple):
-    """One quick evaluation: after so many steps and seconds of training; accuracy of recall, 0 where none is asked."""
-
-    step: int
-    seconds: float
-    val_loss: float
-    recall_accuracy: float
-
-
 class Stopped(Exception):  # noqa: N818, no error
     """A signal has ended a run, whose checkpoint is saved."""
 
@@ -408,182 +401,6 @@ def train_on(trainer: train.Trainer, state: dict, folder: Path) -> None:
 
 
 _EMPTY = {"vocab_size": 0, "tokenizer": "none", "sha256": {}, "scaler": {}}  # of a checkpoint, for us without use
-
-
-# ---------------------------------------------------------------------------------------------------- what came out
-
-
-class Difference(NamedTuple):
-    """A mean difference, half of its 95 % interval, p (of so much or more if there is none), and whether paired."""
-
-    mean: NDArray
-    half: NDArray
-    p: NDArray
-    paired: NDArray
-
-
-def difference(own: NDArray, other: NDArray, n: int) -> Difference:
-    """own (..., N) - other (..., M): by pairs of the first n of each where pairing is shown to help, else Welch's.
-
-    It is shown where sums of pairs vary more than their differences (F test at 1 %), which they do if the seed affects
-    both alike. N and M are 2 or more; leading dimensions are other experiments.
-    """
-
-    def t_test(mean, variance, freedom):
-        freedom = np.nan_to_num(freedom, nan=1.0)
-        p = np.nan_to_num(2 * stats.t.sf(np.abs(mean) / np.sqrt(variance), freedom), nan=1.0)
-        return np.array([mean, np.nan_to_num(stats.t.ppf(0.975, freedom) * np.sqrt(variance)), p])
-
-    with np.errstate(divide="ignore", invalid="ignore"):  # where all runs are equal
-        parts = [(x.var(-1, ddof=1) / x.shape[-1], x.shape[-1] - 1) for x in (own, other)]
-        variance = sum(v for v, _ in parts)
-        welch = t_test(own.mean(-1) - other.mean(-1), variance, variance**2 / sum(v**2 / f for v, f in parts))
-        if n < 3:
-            return Difference(*welch, np.zeros(variance.shape, dtype=bool))
-        pairs = own[..., :n] - other[..., :n]
-        spread, sums = pairs.var(-1, ddof=1), (own[..., :n] + other[..., :n]).var(-1, ddof=1)
-        helps = stats.f.sf(sums / spread, n - 1, n - 1) < 0.01
-        return Difference(*np.where(helps, t_test(pairs.mean(-1), spread / n, n - 1), welch), helps)
-
-
-def holm(p: list[float]) -> list[float]:
-    """p values after Holm's correction: by chance alone, any of them is below 0.05 in at most one of twenty cases."""
-    order = np.argsort(p)
-    corrected = np.maximum.accumulate(np.array(p)[order] * np.arange(len(p), 0, -1)).clip(max=1)
-    return corrected[np.argsort(order)].tolist()
-
-
-def samples(rows: list[dict], cell: str, other: str, measure: str) -> tuple[NDArray, NDArray, int]:
-    """A measure in the runs of two cells, those of the n seeds that both have first and in the same order; and n."""
-    both = [{row["seed"]: row[measure] for row in rows if row["cell"] == name} for name in (cell, other)]
-    shared = sorted(both[0].keys() & both[1].keys())
-    own, others = (np.array([found[seed] for seed in dict.fromkeys([*shared, *found])]) for found in both)
-    return own, others, len(shared)
-
-
-class Contrast(NamedTuple):
-    """A difference between two cells, with p after Holm's correction unless it was fixed beforehand."""
-
-    cell: str
-    other: str
-    found: Difference
-    p: float
-    fixed: str = ""
-
-    def __str__(self):
-        mean, half = self.found.mean, self.found.half
-        how = f"{self.fixed + ', fixed beforehand' if self.fixed else 'corrected'}; "
-        how += f"{'paired' if self.found.paired else 'Welch'}, p = {self.p:.2g}"
-        seen = "" if self.p < 0.05 else ", no difference seen"
-        return f"{self.cell} - {self.other}: {mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] ({how}{seen})"
-
-
-def contrasts(rows: list[dict], measure: str) -> list[Contrast]:
-    """The two contrasts fixed beforehand; then each other cell against its baseline, with Holm's correction."""
-    fixed = {pair: what for what, pair in FIXED.items()}
-    present = dict.fromkeys(row["cell"] for row in rows)
-    pairs = dict.fromkeys([*fixed, *((cell, baseline(cell)) for cell in present if cell != baseline(cell))])
-    found = {pair: samples(rows, *pair, measure) for pair in pairs if present.keys() >= set(pair)}
-    found = {pair: difference(*s) for pair, s in found.items() if min(map(len, s[:2])) > 1}
-    rest = [pair for pair in found if pair not in fixed]
-    corrected = dict(zip(rest, holm([float(found[pair].p) for pair in rest])))
-    return [Contrast(*pair, d, corrected.get(pair, float(d.p)), fixed.get(pair, "")) for pair, d in found.items()]
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """A mean, and half of its 95 % interval by Student's t (infinite for one value)."""
-    n = len(values)
-    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
-    return statistics.fmean(values), half
-
-
-def groups(rows: list[dict]) -> Iterator[tuple[str, list[dict], dict[str, list[float]]]]:
-    """For each task and length of training: what it was, the rows of fresh seeds, and the rates tried for each cell."""
-    for key in dict.fromkeys((row["data"], row["preset"], row["steps"]) for row in rows):
-        own = [row for row in rows if (row["data"], row["preset"], row["steps"]) == key]
-        rates: dict[str, set[float]] = {}
-        for row in own:
-            rates.setdefault(row["cell"], set()).update([row["lr"]] if row["seed"] >= TUNING else [])
-        fresh = [row for row in own if row["seed"] < TUNING and not row["failed"]]
-        yield "{}, {}, {:,} steps".format(*key), fresh, {cell: sorted(tried) for cell, tried in rates.items()}
-
-
-def first(row: dict, what: str, reached: Callable[[Point], bool]) -> float:
-    """`what` of a point ("step", "seconds") at the first quick evaluation where it was `reached`; infinite if never."""
-    points = (Point(*point) for point in row["history"])
-    return next((getattr(point, what) for point in points if reached(point)), math.inf)
-
-
-def summary(rows: list[dict], rates: dict[str, list[float]]) -> list[dict]:
-    """One entry for each cell of a group: sizes, the rate, its grid, and means of the measures with half widths.
-
-    `steps to 90 %` and `seconds to loss` are medians over the seeds, infinite where most never come there. The loss to
-    reach is the highest mean of any cell, so that each reaches it with about half of its seeds or more.
-    """
-    present = list(dict.fromkeys(row["cell"] for row in rows))
-    by_cell = {cell: [row for row in rows if row["cell"] == cell] for cell in present}
-    target = max(statistics.fmean(Point(*row["history"][-1]).val_loss for row in own) for own in by_cell.values())
-    found = []
-    for cell, own in by_cell.items():
-        entry = {name: own[0][name] for name in ("cell", "n_head", "layer_parameters", "cache_bytes_per_token", "lr")}
-        entry |= {"n": len(own), "grid": rates.get(cell, []), "target": target}
-        for name in ("text_loss", "recall_accuracy", "tokens_per_second"):
-            if name in own[0]:
-                entry[name] = interval([row[name] for row in own])
-        times = [first(row, "seconds", lambda point: point.val_loss <= target) for row in own]
-        entry["seconds to loss"] = statistics.median(times)
-        if "recall_accuracy" in own[0]:
-            entry["solved"] = sum(row["recall_accuracy"] >= SOLVED for row in own)
-            steps = [first(row, "step", lambda point: point.recall_accuracy >= SOLVED) for row in own]
-            entry["steps to 90 %"] = statistics.median(steps)
-        found.append(entry)
-    return found
-
-
-COLUMNS = {
-    "attention": lambda e: f"{e['cell']} ({e['n']} runs)",
-    "heads": lambda e: f"{e['n_head']}",
-    "weights in a layer": lambda e: f"{e['layer_parameters']:,}",
-    "cache, bytes per token": lambda e: f"{e['cache_bytes_per_token']:,}",
-    "learning rate (tried)": lambda e: f"{e['lr']:g} ({min(e['grid']):g} to {max(e['grid']):g})" if e["grid"] else "–",
-    "held-out loss of text": lambda e: _spread(e, "text_loss", ".3f"),
-    "accuracy of recall": lambda e: _spread(e, "recall_accuracy", ".1%"),
-    "solved": lambda e: f"{e['solved']} of {e['n']}" if "solved" in e else "",
-    "steps to 90 %": lambda e: _finite(e.get("steps to 90 %")),
-    "tokens per second": lambda e: f"{e['tokens_per_second'][0]:,.0f}",
-    "seconds to the loss": lambda e: _finite(e["seconds to loss"]),
-}
-
-
-def _spread(entry: dict, name: str, form: str) -> str:
-    mean, half = entry.get(name, (None, 0))
-    return "" if mean is None else f"{mean:{form}} ± {half:{form}}"
-
-
-def _finite(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}" if value < math.inf else "not reached"
-
-
-def table(rows: list[dict]) -> Iterator[str]:
-    """The results as Markdown, one table and the contrasts for each task; failed runs are listed below."""
-    for what, fresh, rates in groups(rows):
-        entries = summary(fresh, rates) if fresh else []
-        shown = {name: [form(entry) for entry in entries] for name, form in COLUMNS.items()}
-        shown = {name: column for name, column in shown.items() if any(column)}
-        yield f"{what}" + (f"; the loss to reach: {entries[0]['target']:.3f}" if entries else "; no fresh seeds yet")
-        yield ""
-        if entries:
-            yield "| " + " | ".join(shown) + " |"
-            yield "|" + "---|" * len(shown)
-            yield from ("| " + " | ".join(line) + " |" for line in zip(*shown.values()))
-            yield ""
-        for measure in ("text_loss", "recall_accuracy"):
-            if entries and measure in fresh[0]:
-                yield from (f"- {measure}: {contrast}" for contrast in contrasts(fresh, measure))
-                yield ""
-    for row in rows:
-        if row["failed"]:
-            yield f"failed: {row['data']}, {row['cell']}, seed {row['seed']}, rate {row['lr']:g}: {row['failed']}"
 
 
 # ---------------------------------------------------------------------------------------------------- command line
