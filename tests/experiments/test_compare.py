@@ -374,7 +374,9 @@ def test_published_rows_are_whole_and_their_sizes_are_those_of_the_layers():
     assert {row["data"] for row in rows} >= {"recall", "lessons"}
     models = {}
     for row in rows:
-        base = compare.preset(row["preset"], row["parameters"] and 64)
+        if row["failed"]:
+            continue
+        base = compare.preset(row["preset"])
         cell = compare.cells(base)[row["cell"]]
         if row["cell"] not in models:
             model = T6(cell.config(base), cell.make)

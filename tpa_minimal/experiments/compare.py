@@ -209,11 +209,10 @@ def evaluate(model: nn.Module, task, quick: bool) -> dict[str, float]:
 
 # What a run is: two rows that agree in these are the same run.
 IDENTITY = ("data", "sha256", "preset", "cell", "seed", "lr", "steps", "batch_size", "seq_len")
-_NUMBER = (int, float)
-_ALWAYS = {**dict.fromkeys(("data", "sha256", "preset", "cell"), str), "lr": _NUMBER, "seconds": _NUMBER}
-_ALWAYS |= {**dict.fromkeys(("seed", "steps", "batch_size", "seq_len"), int), "wall_seconds": _NUMBER}
-_RESULT = {**dict.fromkeys(("n_head", "layer_parameters", "cache_bytes_per_token"), int), "history": list}
-_RESULT |= {"val_loss": _NUMBER, "tokens_per_second": _NUMBER}
+_ALWAYS = dict.fromkeys(("data", "sha256", "preset", "cell"), str)
+_ALWAYS |= {**dict.fromkeys(("seed", "steps", "batch_size", "seq_len"), int), "lr": float, "wall_seconds": float}
+_RESULT = dict.fromkeys(("n_head", "layer_parameters", "cache_bytes_per_token"), int)
+_RESULT |= {"seconds": float, "val_loss": float, "tokens_per_second": float, "history": list}
 
 
 def read_rows(path: str | Path) -> list[dict]:
@@ -239,25 +238,18 @@ def _problem(row: dict) -> str | None:
     failed = row.get("failed", "")
     if failed is not None and not (failed and isinstance(failed, str)):
         return "does not say whether the run failed"
-    for name, kind in (_ALWAYS if failed else _ALWAYS | _RESULT).items():
-        value = row.get(name)
-        numbers = [x for point in value for x in point] if kind is list and _points(value) else [value]
-        finite = all(abs(x) < 1e300 for x in numbers if isinstance(x, _NUMBER))
-        if isinstance(value, bool) or not (isinstance(value, kind) and finite) or kind is list and not _points(value):
-            return f"{name} is {str(value)[:40]!r}"
-    return None
 
+    def fits(value, kind) -> bool:
+        if kind is list:  # a history: points of four numbers
+            points = isinstance(value, list) and all(isinstance(p, list) and len(p) == 4 for p in value)
+            return points and value != [] and all(fits(x, float) for point in value for x in point)
+        if kind is str:
+            return isinstance(value, str)
+        return isinstance(value, (int, kind)) and not isinstance(value, bool) and abs(value) < 1e300
 
-def _points(value) -> bool:
-    """Whether it is a history: one list of four numbers or more."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(point, list) and len(point) == 4 and all(isinstance(x, _NUMBER) for x in point)
-            for point in value
-        )
-    )
+    kinds = _ALWAYS if failed else _ALWAYS | _RESULT
+    wrong = (name for name, kind in kinds.items() if not fits(row.get(name), kind))
+    return next((f"{name} is {str(row.get(name))[:40]!r}" for name in wrong), None)
 
 
 def append_row(path: Path, row: dict) -> None:
@@ -346,7 +338,8 @@ def run(cell: Cell, options: "Options", task, seed: int, lr: float, folder: Path
         lr=lr, seed=seed, steps=options.steps, batch_size=options.batch_size, seq_len=options.seq_len,
         device=str(device), dtype=train.natural_dtype(device),
     )  # fmt: skip
-    base = replace(preset(options.preset, task.vocab_size), max_len=max(512, options.seq_len))
+    base = preset(options.preset, task.vocab_size)
+    base = replace(base, max_len=max(base.max_len, options.seq_len))
     build = functools.partial(train.new_model, cell.config(base), cell.make, seed)
     checkpoint = latest_checkpoint(folder)
     state = read_state(checkpoint) if checkpoint else {"step": 0, "seconds": 0.0, "settings": {"history": []}}
@@ -420,7 +413,7 @@ class Options:
     seq_len: int = 128  # tokens per sequence; recall's are shorter and more
     tokens: int = 2_000_000  # of text to prepare
     tokenizer: str | None = None  # gpt2 or lessons
-    rates: tuple[float, ...] = (0.00283, 0.004, 0.00566)  # where each grid of learning rates begins
+    rates: tuple[float, ...] = (0.001, 0.00141)  # where each grid of learning rates begins
     tuning_seeds: int = 3  # with which the rates are chosen
     main_seeds: int = 10  # fresh ones for the cells of the fixed contrasts, and for all where recall is asked for
     seeds: int = 5  # fresh ones for the other cells
@@ -494,9 +487,8 @@ def work(options: Options) -> int:
                 except SettingError:
                     continue  # another process has this run
                 if identity(what) not in map(identity, read_rows(options.out)):
-                    ready = f"{len(rows)} runs done, {left} or more left" + (
-                        f", about {train.duration(spent)}" * bool(rows)
-                    )
+                    ready = f"{len(rows)} runs done, {left} or more left"
+                    ready += f", about {train.duration(spent)}" if rows else ""
                     print(f"{name}, seed {seed}, learning rate {lr:g}; {ready}", flush=True)
                     started = time.monotonic()
                     try:
