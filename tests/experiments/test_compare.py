@@ -292,6 +292,15 @@ def test_runs_are_made_once_stopped_resumed_and_reproduced(tmp_path, monkeypatch
     assert "recall, mini, 4 steps" in capsys.readouterr().out
 
 
+def test_a_mixed_run_measures_both(tmp_path):
+    options = compare.Options("run", data="mixed", steps=4, batch_size=2, seq_len=64, tokens=5000)
+    task = compare.find_task(options)
+    row = compare.run(compare.cells(compare.preset("mini"))["mla"], options, task, 0, 0.001, tmp_path / "run")
+    assert row["val_loss"] == row["text_loss"] + row["recall_loss"] and 0 <= row["recall_accuracy"] < 0.2
+    assert row["text_loss"] < math.log(task.vocab_size) + 1
+    assert [point[0] for point in row["history"]] == [1, 2, 3, 4]
+
+
 def launch(out, *more):
     command = [
         sys.executable,

@@ -137,20 +137,20 @@ def summary(rows: list[dict]) -> list[dict]:
     """One entry for each cell of a group: sizes, the rate, its grid, and (mean, half of the interval) of the measures.
 
     "steps" to a recall of SOLVED and "seconds" to a loss are medians over the seeds, infinite where most never come
-    there. The loss to reach, "target", is the highest mean of any cell at its end.
+    there. The loss to reach, "target", is the highest with which any run ends, so that all of them come there.
     """
     own = {cell: [row for row in fresh(rows) if row["cell"] == cell] for cell in dict.fromkeys(r["cell"] for r in rows)}
     own = {cell: found for cell, found in own.items() if found}
-    ends = [statistics.fmean(Point(*row["history"][-1]).val_loss for row in found) for found in own.values()]
+    target = max((Point(*row["history"][-1]).val_loss for found in own.values() for row in found), default=0.0)
     entries = []
     for cell, found in own.items():
         names = ("cell", "n_head", "layer_parameters", "cache_bytes_per_token", "lr")
-        entry = {name: found[0][name] for name in names} | {"n": len(found), "target": max(ends)}
+        entry = {name: found[0][name] for name in names} | {"n": len(found), "target": target}
         entry["grid"] = sorted({row["lr"] for row in rows if row["cell"] == cell and row["seed"] >= TUNING})
         for name in ("text_loss", "recall_accuracy", "tokens_per_second"):
             entry |= {name: interval([row[name] for row in found])} if name in found[0] else {}
         entry["seconds"] = statistics.median(
-            first(row, "seconds", lambda point: point.val_loss <= max(ends)) for row in found
+            first(row, "seconds", lambda point: point.val_loss <= target) for row in found
         )
         if "recall_accuracy" in entry:
             entry["solved"] = sum(row["recall_accuracy"] >= SOLVED for row in found)
