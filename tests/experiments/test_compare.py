@@ -34,7 +34,7 @@ def test_mini_has_the_paper_s_proportions():
     heads = {name: layer.n_head for name, layer in layers.items()}
     assert 2 <= heads["tpa"] / heads["mha"] <= 3
     assert layers["mla"].d_c < base.d_model and heads["mla"] == heads["mha"]
-    for name in ("tpa", "tpa-init-authors", "mha", "gqa", "mqa", "mla", "tpa-double", "mqa-bytes"):
+    for name in ("tpa", "tpa-init-authors", "mha", "gqa", "mqa", "mla", "tpa-init-authors-double", "mqa-bytes"):
         assert layers[name].parameters == pytest.approx(4 * base.d_model**2, rel=0.035), name
     for name in ("gqa", "mla", "mha-bytes", "mqa-bytes", "tpa-init-authors"):
         assert layers[name].cached_numbers == pytest.approx(layers["tpa"].cached_numbers, rel=0.035), name

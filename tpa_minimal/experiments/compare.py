@@ -108,7 +108,7 @@ def cells(base: T6Config) -> dict[str, Cell]:
 
     groups = max(1, round(numbers / (2 * d_h)))  # whose cache comes nearest to TPA's
     d_rope = max(2, d_h // 4 * 2)
-    mha = matched("mha")
+    mha, doubled = matched("mha"), {name: 2 * ranks[name] for name in ("rank_k", "rank_v")}
     return {
         "tpa": Cell("tpa"),
         "tpa-init-authors": Cell("tpa", {"init": "authors"}),
@@ -118,7 +118,8 @@ def cells(base: T6Config) -> dict[str, Cell]:
         "mla": matched("mla", d_c=numbers - d_rope, d_c_q=base.d_model // 2, d_rope=d_rope),
         # Critics ask whether TPA's additional heads do the work.
         "tpa-heads-of-mha": Cell("tpa", {"n_head": mha.changes["n_head"]}),
-        "tpa-double": matched("tpa", {"rank_k": 2 * base.rank_k, "rank_v": 2 * base.rank_v}),
+        # Twice the rank of keys and values, paid with heads.
+        "tpa-init-authors-double": matched("tpa", {"init": "authors", **doubled}),
         # MHA with so few heads has fewer weights; MQA makes up for its one key with a wider one.
         "mha-bytes": Cell("mha", {"n_head": groups}),
         "mqa-bytes": matched("gqa", {"d_head": 2 * max(1, round(numbers / 4))}, n_kv_head=1),

@@ -92,10 +92,17 @@ class Contrast(NamedTuple):
         return f"{self.cell} - {self.other}: {mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] ({how}{seen})"
 
 
+def baseline(cell: str) -> str:
+    """What a cell is compared with beside the fixed contrasts: MHA, or the TPA of which it is a version."""
+    if cell.endswith("-double"):
+        return cell.removesuffix("-double")
+    return "tpa" if cell.startswith("tpa-") else "mha"
+
+
 def contrasts(rows: list[dict], measure: str) -> list[Contrast]:
-    """The two contrasts fixed beforehand; then each other cell against MHA, or TPA if it is one, Holm-corrected."""
+    """The two contrasts fixed beforehand; then each other cell against its baseline, with Holm's correction."""
     fixed, present = {pair: what for what, pair in FIXED.items()}, dict.fromkeys(row["cell"] for row in rows)
-    pairs = dict.fromkeys([*fixed, *((cell, "tpa" if cell.startswith("tpa-") else "mha") for cell in present)])
+    pairs = dict.fromkeys([*fixed, *((cell, baseline(cell)) for cell in present)])
     found = {pair: samples(rows, *pair, measure) for pair in pairs if pair[0] != pair[1] and {*pair} <= {*present}}
     found = {pair: difference(*s) for pair, s in found.items() if min(map(len, s[:2])) > 1}
     rest = [pair for pair in found if pair not in fixed]
