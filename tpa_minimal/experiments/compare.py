@@ -102,7 +102,7 @@ def cells(base: T6Config) -> dict[str, Cell]:
     numbers, d_h = tpa.cached_numbers, base.d_head
 
     def matched(mechanism: str, changes: Mapping = {}, **sizes: int) -> Cell:
-        known = {**ranks, **changes, **sizes} if mechanism == "tpa" else sizes
+        known = {name: changes.get(name, rank) for name, rank in ranks.items()} if mechanism == "tpa" else sizes
         heads = match_heads(mechanism, tpa.parameters, base.d_model, changes.get("d_head", d_h), **known)
         return Cell(mechanism, {**changes, "n_head": heads}, sizes)
 
