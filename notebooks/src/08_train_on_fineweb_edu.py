@@ -529,23 +529,30 @@ display(Markdown("\n".join(contrasts.table(rows))))
 
 
 # %% tags=["hide-input"]
+families = [("mqa", "gqa", "mha"), ("tpa-init-authors", "tpa-init-authors-double")]
+beside = {"tpa": 0.96, "tpa-init-authors": 0.99, "mla": 1.02, "gqa": 1.02}
+
+
 def trade_off(ax, entries, name):
     """A measure against cached bytes: the mean of each cell with its interval."""
     shown = {}
     for entry in entries:
         x, cell = entry["cache_bytes_per_token"], entry["cell"]
-        (y, half), look = entry[name], looks.of(cell)
-        shown[cell] = (x, y)
-        style = dict(marker=look.marker, color=look.colour, ms=8, ls="", capsize=3)
-        ax.errorbar(x, y, half, label=cell, **style)
-    family = sorted(shown[cell] for cell in ("mqa", "gqa", "mha"))
-    ax.plot(*zip(*family), color="0.6", lw=1, zorder=0)  # one mechanism, more groups
+        (y, half), look = entry[name], looks.of(cell.removesuffix("-double"))
+        shown[cell] = (x * beside.get(cell, 1), y)  # else marks hide each other
+        filled = "white" if cell.endswith("-double") else look.colour
+        style = dict(marker=look.marker, color=look.colour, mfc=filled, ms=8, ls="")
+        ax.errorbar(*shown[cell], half, label=cell, capsize=3, lw=1.2, **style)
+    for family in families:  # one mechanism with a larger cache
+        points = [shown[cell] for cell in family if cell in shown]
+        ax.plot(*zip(*points), color="0.6", lw=1, zorder=0)
     ax.set_xscale("log", base=2)
     ax.set_xticks([256, 512, 1024, 1536], ["256", "512", "1,024", "1,536"])
     ax.set_xlabel("cache, bytes per token")
-    return "; ".join(f"{cell} {y:.2f} at {x:,} bytes" for cell, (x, y) in shown.items())
+    return "; ".join(f"{cell} {y:.2f}" for cell, (x, y) in shown.items())
 
 
+# %% tags=["hide-input"]
 tasks = {own[0]["data"]: own for _, own in contrasts.groups(rows)}
 entries = {task: contrasts.summary(own) for task, own in tasks.items()}
 fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 4.4))
@@ -554,7 +561,7 @@ said_recall = trade_off(right, entries["recall"], "recall_accuracy")
 left.set(ylabel="held-out loss (nats)", title="Lessons (lower is better)")
 right.set(ylabel="accuracy", title="Recall (higher is better)", ylim=(0, 1.05))
 handles = left.get_legend_handles_labels()
-fig.legend(*handles, loc="outside lower center", ncols=6, fontsize=9)
+fig.legend(*handles, loc="outside lower center", ncols=4, fontsize=9)
 alt = f"Held-out loss of the lessons: {said}. Accuracy of recall: {said_recall}."
 looks.show(fig, alt=f"Two panels against the cache in bytes per token. {alt}")
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -403,3 +404,44 @@ def test_published_rates_lie_inside_their_grids_and_fresh_seeds_are_enough():
             assert (best, following) == (entry["lr"], []), (what, entry["cell"])
             main = rows[0]["data"] == "recall" or any(entry["cell"] in pair for pair in contrasts.FIXED.values())
             assert entry["n"] >= (10 if main else 5), (what, entry["cell"])
+
+
+ROOT = compare.MEASURED.parents[3]
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?: of \d+)?")
+
+
+def numbers(text):
+    """All numbers of a text, thousands without their comma, and such as "7 of 10" as one."""
+    return {found.replace(",", "") for found in NUMBER.findall(text)}
+
+
+def test_notebook_08_shows_the_table_and_says_no_other_number():
+    rows = compare.read_rows(compare.MEASURED)
+    lines = list(contrasts.table(rows))
+    notebook = json.loads((ROOT / "notebooks" / "08_train_on_fineweb_edu.ipynb").read_text(encoding="utf-8"))
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    text = "".join("".join(output.get("data", {}).get("text/markdown", "")) for output in outputs)
+    shown = {line for line in text.splitlines() if re.match(r"\| \S+ \(\d+ runs\)|- (loss|recall): ", line)}
+    assert shown == {line for line in lines if re.match(r"\| \S+ \(\d+ runs\)|- (loss|recall): ", line)}
+    assert "runs) |" not in (ROOT / "README.md").read_text(encoding="utf-8")
+
+    source = (ROOT / "notebooks" / "src" / "08_train_on_fineweb_edu.py").read_text(encoding="utf-8")
+    said = source[source.index("# ### What this supports") : source.index("# ### Beside the paper")]
+    assert len(numbers(said)) > 10 and numbers(said) <= numbers("\n".join(lines)) | {"95"}
+
+
+def test_what_notebook_08_and_the_readme_conclude_follows_from_the_rows():
+    tasks = {rows[0]["data"]: rows for _, rows in contrasts.groups(compare.read_rows(compare.MEASURED))}
+    loss, recalled = (
+        {(c.cell, c.other): c for c in contrasts.contrasts(contrasts.fresh(tasks[task]), measure)}
+        for task, measure in (("lessons", "text_loss"), ("recall", "recall_accuracy"))
+    )
+    for pair in contrasts.FIXED.values():  # TPA with the paper's start is behind on both, at equal weights and bytes
+        assert loss[pair].found.mean > 0 and loss[pair].p < 0.05
+        assert recalled[pair].found.mean < 0 and recalled[pair].p < 0.05
+    authors = ("tpa-init-authors", "tpa")
+    assert loss[authors].found.mean < 0 and loss[authors].p < 0.05  # hence the recommendation
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = re.search(r"In our own small runs (.*?)\(\[notebook 08\]", readme, re.DOTALL).group(1)
+    lines = "\n".join(contrasts.table(compare.read_rows(compare.MEASURED)))
+    assert numbers(said) and numbers(said) <= numbers(lines)
