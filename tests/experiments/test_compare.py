@@ -439,8 +439,14 @@ def test_what_notebook_08_and_the_readme_conclude_follows_from_the_rows():
     for pair in contrasts.FIXED.values():  # TPA with the paper's start is behind on both, at equal weights and bytes
         assert loss[pair].found.mean > 0 and loss[pair].p < 0.05
         assert recalled[pair].found.mean < 0 and recalled[pair].p < 0.05
-    authors = ("tpa-init-authors", "tpa")
-    assert loss[authors].found.mean < 0 and loss[authors].p < 0.05  # hence the recommendation
+    # The authors' start closes most of the gap to MHA, not all: hence the recommendation. On recall it does not help.
+    means = {entry["cell"]: entry["text_loss"][0] for entry in contrasts.summary(tasks["lessons"])}
+    assert loss["tpa-init-authors", "tpa"].p < 0.05
+    assert 0 < means["tpa-init-authors"] - means["mha"] < (means["tpa"] - means["mha"]) / 2
+    solved = {entry["cell"]: entry["solved"] for entry in contrasts.summary(tasks["recall"])}
+    assert solved["mha"] == solved["gqa"] == 10 and solved["mla"] > 5
+    assert solved["tpa"] == solved["tpa-init-authors"] == solved["mqa"] == 0
+    assert not any(c.found.paired for c in [*loss.values(), *recalled.values()])  # sharing seeds helped nowhere
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     said = re.search(r"In our own small runs (.*?)\(\[notebook 08\]", readme, re.DOTALL).group(1)
     lines = "\n".join(contrasts.table(compare.read_rows(compare.MEASURED)))
