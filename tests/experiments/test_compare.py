@@ -448,6 +448,6 @@ def test_what_notebook_08_and_the_readme_conclude_follows_from_the_rows():
     assert solved["tpa"] == solved["tpa-init-authors"] == solved["mqa"] == 0
     assert not any(c.found.paired for c in [*loss.values(), *recalled.values()])  # sharing seeds helped nowhere
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    said = re.search(r"In our own small runs (.*?)\(\[notebook 08\]", readme, re.DOTALL).group(1)
+    said = re.search(r"In our own small runs(.*?)\(\[notebook 08\]", readme, re.DOTALL).group(1)
     lines = "\n".join(contrasts.table(compare.read_rows(compare.MEASURED)))
     assert numbers(said) and numbers(said) <= numbers(lines)
