@@ -39,6 +39,8 @@ LABORATORY = [
     "train",
     "evaluate",
     "bench",
+    "recall",
+    "contrasts",
     "compare",
 ]  # each may import those before it
 CLASSROOM = ["looks", "diagrams", "explorer", "checks", "grade", "handout"]

@@ -1,22 +1,25 @@
-"""Which attention learns best? Same backbone, data, batches, steps and layer parameters; several seeds; error bars.
+"""Which attention learns best, and at what cache? Same backbone, batches and weights; tuned rates; error bars.
 
-    python -m tpa_minimal compare rates          each mechanism at three learning rates
-    python -m tpa_minimal compare mechanisms     each at its own best rate, on other seeds
-    python -m tpa_minimal compare ranks          TPA's ranks, at the same parameters per layer
-    python -m tpa_minimal compare table          what has come out so far
+    python -m tpa_minimal compare run --data recall      multi-query associative recall (see recall.py)
+    python -m tpa_minimal compare run --data lessons     language: the built-in lessons, fineweb-edu, or your files
+    python -m tpa_minimal compare run --data mixed       lessons and recall in turns
+    python -m tpa_minimal compare table                  what has come out so far
 
-Every run adds one line to the file --out. A run that is in the file is not made again, and one that was interrupted
-goes on from its checkpoint, so the same command continues whatever was stopped. One command at a time may write a file.
-Seeds are the outer loop, mechanisms the inner one: a slow hour affects all equally. Several processes or GPUs share the
-runs, each run staying on one:
+Each cell (a mechanism at certain sizes) first gets a learning rate of its own: the best of a grid of factors √2, tried
+on seeds 100, 101, ... and extended until the best is not at its edge. Then it is trained on fresh seeds 0, 1, ... at
+that rate, and scored on all held-out data. A seed gives every cell the same backbone and the same batches.
 
-    torchrun --nproc-per-node 8 -m tpa_minimal compare mechanisms --preset small-124M --data fineweb-edu
+Every run adds one line to the file --out. The same command goes on after any interruption: what is in the file is not
+made again, and a run that was stopped goes on from its checkpoint. Any number of processes may work on one file; each
+takes the next run that nobody has, and waits for the others where its next run depends on theirs:
 
-The table's differences to MHA are taken seed by seed, since a seed gives all mechanisms the same batches, and come with
-a 95 % interval. Below it stand the two contrasts that were fixed beforehand, and all others with Holm's correction.
+    torchrun --nproc-per-node 8 -m tpa_minimal compare run --data lessons
+
+With the default sizes, all cells of a task take about eight hours of one CPU core.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -25,117 +28,197 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
+import filelock
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 import tyro
-from numpy.typing import NDArray
-from scipy import stats
+from torch import Tensor, nn
 
-from tpa_minimal.experiments import bench, data, generate, train
-from tpa_minimal.experiments.checkpoint import SettingError
-from tpa_minimal.experiments.models import equal_parameters
+from tpa_minimal.baselines import MultiHeadAttention, MultiHeadLatentAttention
+from tpa_minimal.experiments import bench, data, generate, recall, train
+from tpa_minimal.experiments.checkpoint import (
+    SettingError,
+    latest_checkpoint,
+    load_training,
+    load_weights,
+    read_state,
+    save_checkpoint,
+)
+from tpa_minimal.experiments.contrasts import FIXED, TUNING, Point, table
+from tpa_minimal.experiments.models import new_model
 from tpa_minimal.experiments.options import parse
-from tpa_minimal.experiments.processes import locked, remove_if_empty
+from tpa_minimal.experiments.processes import SIGNALS, Processes, StopRequest, locked
 from tpa_minimal.experiments.report import duration
-from tpa_minimal.experiments.settings import ATTENTIONS, DEFAULTS, settle
+from tpa_minimal.experiments.settings import DEFAULTS, TrainConfig, check_values, find_device, natural_dtype
 from tpa_minimal.files import FileError, read_json_lines
 from tpa_minimal.memory import Layer, match_heads
-from tpa_minimal.tpa import T6Config
+from tpa_minimal.tpa import T6Config, TensorProductAttention
 
 MEASURED = bench.RESULTS / "compare.jsonl"  # our own rows
-RATES = (0.5, 1.0, 2.0)  # of the preset's learning rate
-RATE_SEEDS = 100  # the rate is chosen on seeds 100, 101, ..., and the mechanisms are compared on seeds 0, 1, ...
-RANKS = tuple((rank_q, rank, rank) for rank in (1, 2, 4) for rank_q in (1, 6, 16))
-PROBES = tuple((n_facts, distance) for n_facts in (2, 4) for distance in (0, 32))
-LONGEST_WAIT = timedelta(days=14)  # of one process of a torchrun for another
+CHECKPOINT_SECONDS = 60.0
 
 
 # -------------------------------------------------------------------------------------------------- what to compare
 
+# Small enough for a CPU, in the proportions of the paper's small model: about 4 d_model² weights in an attention layer,
+# 2.5 times as many heads as MHA (the paper: 2.8), R_Q : R_K : R_V = 3 : 1 : 1.
+MINI = dict(n_layer=2, d_model=96, n_head=15, d_head=16, rank_q=3, rank_k=1, rank_v=1, max_len=512)
+
+
+def preset(name: str, vocab_size: int = 64) -> T6Config:
+    """The configuration of the TPA cell: "mini", or one of T6Config's presets."""
+    return T6Config(vocab_size, **MINI) if name == "mini" else T6Config.preset(name, vocab_size=vocab_size)
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the comparison: a mechanism of `ATTENTIONS`, and changes to the preset."""
+    """One row of the comparison: a mechanism, changes to the preset, and sizes that the configuration does not have."""
 
-    attention: str
+    mechanism: str
     changes: Mapping = field(default_factory=dict)
+    sizes: Mapping = field(default_factory=dict)
+
+    def config(self, base: T6Config) -> T6Config:
+        """The configuration of the cell's model."""
+        return replace(base, **self.changes)
+
+    def layer(self, base: T6Config) -> Layer:
+        """The accountant's layer of the cell's sizes."""
+        c = self.config(base)
+        ranks = {name: getattr(c, name) for name in ("rank_q", "rank_k", "rank_v")}
+        return Layer(self.mechanism, c.d_model, c.n_head, c.d_head, **{**ranks, **self.sizes})
+
+    def make(self, config: T6Config) -> nn.Module:
+        """An attention layer."""
+        kinds = {"tpa": TensorProductAttention, "mla": MultiHeadLatentAttention}
+        return kinds.get(self.mechanism, MultiHeadAttention)(config, **self.sizes)
 
 
-def cells(preset: str) -> dict[str, Cell]:
-    """All that can be compared, by name; each mechanism has the head count that gives it TPA's parameters per layer."""
-    config = T6Config.preset(preset)
-    budget = layer_of("tpa", config).parameters
-    found = {name: Cell(name) for name in ATTENTIONS}
-    # Critics ask whether TPA's additional heads do the work; and here are the weights that the authors start from.
-    found["tpa-heads-of-mha"] = Cell("tpa", {"n_head": equal_parameters("mha", config).n_head})
-    found["tpa-init-authors"] = Cell("tpa", {"init": "authors"})
-    for ranks in RANKS:
-        named = dict(zip(("rank_q", "rank_k", "rank_v"), ranks))
-        if replace(config, **named) != config:
-            heads = match_heads("tpa", budget, config.d_model, config.d_head, **named)
-            found["tpa-" + "-".join(map(str, ranks))] = Cell("tpa", {**named, "n_head": heads})
-    return found
+def cells(base: T6Config) -> dict[str, Cell]:
+    """All that is compared, by name. Weights are TPA's, and so is the cache of `gqa`, `mla` and what ends in -bytes."""
+    tpa, ranks = Cell("tpa").layer(base), {name: getattr(base, name) for name in ("rank_q", "rank_k", "rank_v")}
+    numbers, d_h = tpa.cached_numbers, base.d_head
+
+    def matched(mechanism: str, changes: Mapping = {}, **sizes: int) -> Cell:
+        known = {name: changes.get(name, rank) for name, rank in ranks.items()} if mechanism == "tpa" else sizes
+        heads = match_heads(mechanism, tpa.parameters, base.d_model, changes.get("d_head", d_h), **known)
+        return Cell(mechanism, {**changes, "n_head": heads}, sizes)
+
+    groups = max(1, round(numbers / (2 * d_h)))  # whose cache comes nearest to TPA's
+    d_rope = max(2, d_h // 4 * 2)
+    mha, doubled = matched("mha"), {name: 2 * ranks[name] for name in ("rank_k", "rank_v")}
+    return {
+        "tpa": Cell("tpa"),
+        "tpa-init-authors": Cell("tpa", {"init": "authors"}),
+        "mha": mha,
+        "gqa": matched("gqa", n_kv_head=groups),
+        "mqa": matched("gqa", n_kv_head=1),
+        "mla": matched("mla", d_c=numbers - d_rope, d_c_q=base.d_model // 2, d_rope=d_rope),
+        # Critics ask whether TPA's additional heads do the work.
+        "tpa-heads-of-mha": Cell("tpa", {"n_head": mha.changes["n_head"]}),
+        # Twice the rank of keys and values, paid with heads.
+        "tpa-init-authors-double": matched("tpa", {"init": "authors", **doubled}),
+        # MHA with so few heads has fewer weights; MQA makes up for its one key with a wider one.
+        "mha-bytes": Cell("mha", {"n_head": groups}),
+        "mqa-bytes": matched("gqa", {"d_head": 2 * max(1, round(numbers / 4))}, n_kv_head=1),
+    }
 
 
-def layer_of(attention: str, config: T6Config) -> Layer:
-    """The accountant's layer of the sizes that `config` has."""
-    ranks = {name: getattr(config, name) for name in ("rank_q", "rank_k", "rank_v")}
-    groups = 2 if attention == "gqa" else None
-    return Layer(attention, config.d_model, config.n_head, config.d_head, groups, **ranks)
+# ------------------------------------------------------------------------------------------------------------ tasks
 
 
-MAIN = (*ATTENTIONS, "tpa-heads-of-mha", "tpa-init-authors")
+class Text(NamedTuple):
+    """Language modelling on what `data.prepare` made."""
+
+    tokens: data.TokenData
+    seq_len: int
+
+    @property
+    def vocab_size(self) -> int:
+        """The tokenizer's, padded."""
+        return self.tokens.vocab_size
+
+    def batch(self, *arguments) -> tuple[Tensor, Tensor]:
+        """`TokenData.batch`."""
+        return self.tokens.batch(*arguments)
+
+    def held_out(self, quick: bool) -> dict[str, Iterable[tuple[Tensor, Tensor]]]:
+        """All of the held-out split, or its first 2,048 tokens."""
+        batch_size = max(1, 2048 // self.seq_len)
+        return {"text": self.tokens.validation_batches(batch_size, self.seq_len, 1 if quick else 2**40)}
 
 
-def rank_cells(preset: str) -> list[str]:
-    """TPA and its other ranks, at the same parameters per layer."""
-    return ["tpa", *(name for name in cells(preset) if name.startswith("tpa-") and name[4].isdigit())]
+class Mixed(NamedTuple):
+    """Text in even steps, recall in odd ones. The tokens of recall come after those of the text."""
+
+    text: Text
+    recall: recall.Curriculum
+
+    @property
+    def vocab_size(self) -> int:
+        """Both together."""
+        return self.text.vocab_size + self.recall.vocab_size
+
+    def _moved(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch
+        return inputs + self.text.vocab_size, torch.where(targets < 0, targets, targets + self.text.vocab_size)
+
+    def batch(self, split: str, step: int, *sizes) -> tuple[Tensor, Tensor]:
+        """Batch `step` of the one or the other."""
+        return self._moved(self.recall.batch(split, step, *sizes)) if step % 2 else self.text.batch(split, step, *sizes)
+
+    def held_out(self, quick: bool) -> dict[str, Iterable[tuple[Tensor, Tensor]]]:
+        """What both hold out."""
+        asked = {name: map(self._moved, batches) for name, batches in self.recall.held_out(quick).items()}
+        return {**self.text.held_out(quick), **asked}
 
 
-def fixed_contrasts(preset: str) -> dict[str, tuple[str, str]]:
-    """The two questions that were put before any run: what each asks -> (cell, baseline).
-
-    All have equal weights; at equal bytes, GQA meets the TPA of those ranks whose cache is nearest to its own.
-    """
-
-    def cached(name: str) -> int:
-        own = equal_parameters(known[name].attention, T6Config.preset(preset, **known[name].changes))
-        return layer_of(known[name].attention, own).cached_numbers
-
-    known = cells(preset)
-    nearest = min(rank_cells(preset), key=lambda name: abs(math.log(cached(name) / cached("gqa"))))
-    return {"at equal weights": ("tpa", "mha"), "at equal bytes": (nearest, "gqa")}
+def find_task(options: "Options"):
+    """What --data names: something with vocab_size, batch and held_out."""
+    curriculum = recall.Curriculum(options.steps)
+    if options.data == "recall":
+        return curriculum
+    source = "lessons" if options.data == "mixed" else options.data
+    text = Text(data.prepare(source, options.tokens, tokenizer=options.tokenizer, progress=False), options.seq_len)
+    return Mixed(text, curriculum) if options.data == "mixed" else text
 
 
-def experiment(name: str, preset: str) -> list[str]:
-    """The names of the cells that an experiment compares."""
-    mechanisms = list(dict.fromkeys([*MAIN, *(cell for pair in fixed_contrasts(preset).values() for cell in pair)]))
-    return {"rates": list(ATTENTIONS), "mechanisms": mechanisms, "ranks": rank_cells(preset)}[name]
+@torch.no_grad()
+def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Mean cross-entropy in nats, and the share of first choices that are right, over all targets asked for."""
+    device, total = next(model.parameters()).device, torch.zeros(3, dtype=torch.float64)
+    for inputs, targets in batches:
+        targets = targets.to(device)
+        asked = targets != recall.IGNORED
+        logits, targets = model(inputs.to(device))[asked].float(), targets[asked]
+        right = (logits.argmax(-1) == targets).sum()
+        total += torch.stack([F.cross_entropy(logits, targets, reduction="sum").double(), right, asked.sum()]).cpu()
+    return (total[0] / total[2]).item(), (total[1] / total[2]).item()
 
 
-def base(cell: str) -> str:
-    """The mechanism whose learning rate a cell takes: its own, and TPA's for all that only changes TPA's sizes."""
-    return cell if cell in ATTENTIONS else "tpa"
+def evaluate(model: nn.Module, task, quick: bool) -> dict[str, float]:
+    """The measures of a row: loss and accuracy of recall (means over its sizes), loss of text; `val_loss` sums both."""
+    found = {name: score(model, batches) for name, batches in task.held_out(quick).items()}
+    measures = {"text_loss": found.pop("text")[0]} if "text" in found else {}
+    if found:
+        measures["recall_loss"], measures["recall_accuracy"] = (statistics.fmean(x) for x in zip(*found.values()))
+        measures |= {f"accuracy, {name}": accuracy for name, (_, accuracy) in found.items()}
+    return {"val_loss": sum(value for name, value in measures.items() if name.endswith("loss")), **measures}
 
 
-# ------------------------------------------------------------------------------------------------------------ rows
+# ------------------------------------------------------------------------------------------------------------- rows
 
 # What a run is: two rows that agree in these are the same run.
-IDENTITY = ("data", "sha256", "preset", "cell", "seed", "lr", "steps", "batch_size", "seq_len", "dtype")
-
-
-# What the functions below read in a row, and in that of a run that did not fail.
-_ALWAYS = dict.fromkeys(("data", "sha256", "preset", "cell", "dtype", "experiment"), str)
-_ALWAYS |= {"seed": int, "steps": int, "batch_size": int, "seq_len": int, "lr": float}
+IDENTITY = ("data", "sha256", "preset", "cell", "seed", "lr", "steps", "batch_size", "seq_len")
+_ALWAYS = dict.fromkeys(("data", "sha256", "preset", "cell"), str)
+_ALWAYS |= {**dict.fromkeys(("seed", "steps", "batch_size", "seq_len"), int), "lr": float, "wall_seconds": float}
 _RESULT = dict.fromkeys(("n_head", "layer_parameters", "cache_bytes_per_token"), int)
-_RESULT |= dict.fromkeys(("mismatch", "val_loss", "bits_per_byte", "recall's first choice"), float)
+_RESULT |= {"seconds": float, "val_loss": float, "tokens_per_second": float, "history": list}
 
 
 def read_rows(path: str | Path) -> list[dict]:
@@ -158,36 +241,37 @@ def read_rows(path: str | Path) -> list[dict]:
 
 def _problem(row: dict) -> str | None:
     """What keeps an object from being a row."""
-    failed, scores = row.get("failed", ""), row.get("recall")
+    failed = row.get("failed", "")
     if failed is not None and not (failed and isinstance(failed, str)):
         return "does not say whether the run failed"
-    if isinstance(scores, list) and scores and isinstance(scores[0], dict):
-        row = {**row, "recall's first choice": scores[0].get("choice")}
-    for name, kind in (_ALWAYS if failed else _ALWAYS | _RESULT).items():
-        value = row.get(name)
-        number = isinstance(value, (int, kind)) and not isinstance(value, (bool, str)) and abs(value) < 1e300
-        if not (isinstance(value, str) if kind is str else number):
-            return f"{name} is {str(value)[:40]!r}"
-    return None
+
+    def fits(value, kind) -> bool:
+        if kind is list:  # a history: points of four numbers
+            points = isinstance(value, list) and all(isinstance(p, list) and len(p) == 4 for p in value)
+            return points and value != [] and all(fits(x, float) for point in value for x in point)
+        if kind is str:
+            return isinstance(value, str)
+        return isinstance(value, (int, kind)) and not isinstance(value, bool) and abs(value) < 1e300
+
+    kinds = _ALWAYS if failed else _ALWAYS | _RESULT
+    wrong = (name for name, kind in kinds.items() if not fits(row.get(name), kind))
+    return next((f"{name} is {str(row.get(name))[:40]!r}" for name in wrong), None)
 
 
 def append_row(path: Path, row: dict) -> None:
-    """Add a row by a single write, so that processes may share the file."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, (json.dumps(row) + "\n").encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def end_last_line(path: Path) -> None:
-    """Give a last line that lacks its end one if it is JSON; if a kill cut it off, remove it."""
-    tail = path.read_bytes().rpartition(b"\n")[2] if path.exists() else b""
-    if tail:
-        os.truncate(path, path.stat().st_size - len(tail))
-        with contextlib.suppress(ValueError, RecursionError):
-            append_row(path, json.loads(tail))
+    """Add a row as one whole line, after whatever a kill has left of the one before; processes take turns."""
+    with filelock.FileLock(f"{path}.lock"), open(path, "a+b") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**20))
+        tail = file.read().rpartition(b"\n")[2]
+        try:
+            lost = bool(tail) and not json.loads(tail)
+        except (ValueError, RecursionError):
+            lost = True
+        if lost:
+            file.truncate(file.seek(0, os.SEEK_END) - len(tail))
+        file.write(b"\n" * bool(tail and not lost) + json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def identity(row: Mapping) -> tuple:
@@ -195,221 +279,127 @@ def identity(row: Mapping) -> tuple:
     return tuple(row[name] for name in IDENTITY)
 
 
+# -------------------------------------------------------------------------------------------------------- what to run
+
+
+def rate(k: int) -> float:
+    """Learning rate number k of the grid, 0.001 · 2^(k/2) to three digits."""
+    return float(f"{0.001 * 2 ** (k / 2):.3g}")
+
+
+def tuned(rows: list[dict], cell: str, seeds: range, first: Iterable[float]) -> tuple[float | None, list[float]]:
+    """The best rate of a cell and the rates to try next: the best is None until it is known, then nothing is next.
+
+    The best has the lowest mean val_loss over the tuning `seeds`, a failed run counting as infinite. The grid starts
+    with the rates `first` and grows by one while its lowest or highest is the best.
+    """
+    losses: dict[float, dict[int, float]] = {lr: {} for lr in first}
+    for row in rows:
+        if row["cell"] == cell and row["seed"] in seeds:
+            losses.setdefault(row["lr"], {})[row["seed"]] = math.inf if row["failed"] else row["val_loss"]
+    missing = sorted(lr for lr, found in losses.items() if len(found) < len(seeds))
+    if missing:
+        return None, missing
+    best = min(losses, key=lambda lr: (statistics.fmean(losses[lr].values()), lr))  # where all have failed, the lowest
+    k = round(2 * math.log2(best / 0.001))
+    if best in (min(losses), max(losses)):
+        return None, [rate(k - 1 if best == min(losses) else k + 1)]
+    return best, []
+
+
+def plan(options: "Options", rows: list[dict], names: Iterable[str]) -> tuple[list[tuple[str, int, float]], int]:
+    """The runs (cell, seed, learning rate) that can be made now, and how many will be left at least.
+
+    The search for the rates comes first, and seeds are the outer loop: a slow hour affects all cells equally.
+    """
+    tuning = range(TUNING, TUNING + options.tuning_seeds)
+    done = {(row["cell"], row["seed"], row["lr"]) for row in rows}
+    search, fresh, later = [], [], 0
+    for name in names:
+        main = options.data in ("recall", "mixed") or any(name in pair for pair in FIXED.values())
+        seeds = range(options.main_seeds if main else options.seeds)
+        best, following = tuned(rows, name, tuning, options.rates)
+        search += [(name, seed, lr) for seed in tuning for lr in following]
+        later += len(seeds) if best is None else 0
+        fresh += [] if best is None else [(name, seed, best) for seed in seeds]
+    runs = [run for run in (*sorted(search, key=lambda r: r[1]), *sorted(fresh, key=lambda r: r[1])) if run not in done]
+    return runs, len(runs) + later
+
+
 # -------------------------------------------------------------------------------------------------------- one run
 
 
-def run(cell: str, config: train.TrainConfig, progress: bool) -> dict | int:
-    """Train one cell as `config` says, and measure the result: a row, or the signal that stopped it.
+class Stopped(Exception):  # noqa: N818, no error
+    """A signal has ended a run, whose checkpoint is saved."""
 
-    A loss that is not finite makes a row too, whose "failed" says so; it is never left out silently.
+
+def run(cell: Cell, options: "Options", task, seed: int, lr: float, folder: Path) -> dict:
+    """Train one cell and score it on all held-out data: what its row holds beside its identity.
+
+    A loss that is not finite makes a row too, whose "failed" says so. A run that stopped before goes on from the
+    checkpoint in `folder`. Raises Stopped.
     """
-    chosen = cells(config.preset)[cell]
-    config = replace(config, attention=chosen.attention, changes=chosen.changes, resume=True)
-    row = {"cell": cell, "attention": chosen.attention, "changes": dict(chosen.changes)}
+    device = find_device(options.device)
+    settings = TrainConfig(
+        lr=lr, seed=seed, steps=options.steps, batch_size=options.batch_size, seq_len=options.seq_len,
+        device=str(device), dtype=natural_dtype(device),
+    )  # fmt: skip
+    base = preset(options.preset, task.vocab_size)
+    base = replace(base, max_len=max(base.max_len, options.seq_len))
+    build = functools.partial(new_model, cell.config(base), cell.make, seed)
+    checkpoint = latest_checkpoint(folder)
+    state = read_state(checkpoint) if checkpoint else {"step": 0, "seconds": 0.0, "settings": {"history": []}}
+    model = load_weights(build, base.n_layer, checkpoint) if checkpoint else build()
+    trainer = train.Trainer(settings, Processes(device), task, model.to(device))
+    if checkpoint:
+        load_training(model, trainer.optimizer, checkpoint, state["updates"])
     try:
-        with contextlib.redirect_stdout(None):  # the data's line, which was shown once already
-            result = train.train(config, progress=progress, log=lambda line: None)
+        train_on(trainer, state, folder)
     except train.DivergedError as error:
-        return {**row, "failed": str(error)}
-    if result.stopped_by:
-        return result.stopped_by
-    model, token_data, c = result.model.eval(), result.data, result.model.config
-    best = min((line for line in result.metrics if "val_loss" in line), key=lambda line: line["val_loss"])
+        return {"failed": error.what, "seconds": state["seconds"]}
     layer = sum(p.numel() for p in model.blocks[0].attention.parameters())
-    budget = layer_of("tpa", T6Config.preset(config.preset)).parameters
     return {
-        **row,
         "failed": None,
-        "n_head": c.n_head,
+        "seconds": state["seconds"],
+        "n_head": model.config.n_head,
         "parameters": model.num_parameters(),
         "layer_parameters": layer,
-        "mismatch": layer / budget - 1,  # of a layer's parameters, against the TPA layer of the preset
         "cache_bytes_per_token": generate.measure_caches(model, 64)[0] // 64,
-        # Of the evaluations during training the lowest: where data is scarce, training should have stopped there.
-        "val_loss": best["val_loss"],
-        "val_step": best["step"],
-        "epochs": best["tokens"] / len(token_data.train),
-        "final_val_loss": result.metrics[-1]["val_loss"],
-        "final_train_loss": statistics.fmean(line["train_loss"] for line in result.metrics[-20:]),
-        "bits_per_byte": best["val_loss"] / math.log(2) * tokens_per_byte(token_data),
-        "recall": [recall(model, token_data.tokenizer, *probe) for probe in PROBES],
-        "train_tokens_per_second": result.tokens_per_second,
-        "decode_tokens_per_second": decode_speed(model),
+        "tokens_per_second": options.steps * options.batch_size * options.seq_len / state["seconds"],
+        **evaluate(model, task, quick=False),
+        "history": state["settings"]["history"],
     }
 
 
-def tokens_per_byte(token_data: data.TokenData) -> float:
-    """Tokens, ends of documents included, per byte of the held-out text."""
-    tokenizer = token_data.tokenizer
-    text = tokenizer.decode_bytes([t for t in token_data.val.tolist() if t != tokenizer.eot_token])
-    return len(token_data.val) / len(text)
+def train_on(trainer: train.Trainer, state: dict, folder: Path) -> None:
+    """Take the steps that are left, keeping `state`: step, seconds of training, and the history of quick evaluations.
 
-
-def recall(model: train.T6, tokenizer, n_facts: int, distance: int) -> dict:
-    """`data.score_recall` on the one probe of these sizes, the same for all models."""
-    score = data.score_recall(model, data.recall_probe(tokenizer, 64, n_facts=n_facts, distance=distance))
-    return {"n_facts": n_facts, "distance": distance, **score._asdict()}
-
-
-def decode_speed(model: train.T6, new_tokens: int = 64) -> float:
-    """Tokens per second in decoding one sequence through the cache, the median of three times."""
-    prompt = torch.zeros(1, 32, dtype=torch.long, device=model.embedding.weight.device)
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        model.generate(prompt, new_tokens, temperature=0)[0, -1].item()
-        seconds.append(time.perf_counter() - started)
-    return new_tokens / statistics.median(seconds)
-
-
-# ---------------------------------------------------------------------------------------------------- what came out
-
-
-class Interval(NamedTuple):
-    """A mean difference with its 95 % interval, from n pairs."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self):
-        if self.n < 2:
-            return f"{self.mean:+.3f} (one seed)"
-        seen = "" if self.low > 0 or self.high < 0 else ", no difference seen"
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]{seen}"
-
-
-def paired_difference(rows: list[dict], cell: str, baseline: str = "mha", measure: str = "val_loss") -> Interval:
-    """cell - baseline over the seeds that both have in `rows`: mean ± t · s / √n of the differences.
-
-    Raises ValueError if they share no seed.
+    On a CPU the seconds are those of the processor, so that other work on the machine does not count. Raises Stopped,
+    and DivergedError for a loss that is not finite.
     """
-    own, other, n = _samples(rows, cell, baseline, measure)
-    if not n:
-        raise ValueError(f"{cell} and {baseline} share 0 seeds: need 1 or more")
-    found = own[:n] - other[:n]
-    mean = float(found.mean())
-    half = float(stats.t.ppf(0.975, n - 1) * found.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
-    return Interval(mean, mean - half, mean + half, n)
+    steps, history = trainer.settings.steps, state["settings"]["history"]
+    clock = time.process_time if trainer.processes.device.type == "cpu" else time.monotonic
+    saved_at = time.monotonic()
+    with StopRequest(SIGNALS) as stop:
+        while state["step"] < steps:
+            started = clock()
+            loss = trainer.train_step(state["step"], steps)
+            state["seconds"] += clock() - started
+            state["step"] += 1
+            if not math.isfinite(loss):
+                raise train.DivergedError(f"loss is {loss} at step {state['step'] - 1}", trainer.settings.lr)
+            if state["step"] % max(1, steps // 20) == 0:
+                quick = evaluate(trainer.model, trainer.data, quick=True)
+                point = Point(state["step"], state["seconds"], quick["val_loss"], quick.get("recall_accuracy", 0.0))
+                history.append([round(value, 4) for value in point])
+            if stop.signal or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+                save_checkpoint(folder, trainer.model, trainer.optimizer, {**_EMPTY, **state})
+                saved_at = time.monotonic()
+            if stop.signal:
+                raise Stopped(stop.signal)
 
 
-def _samples(rows: list[dict], cell: str, baseline: str, measure: str) -> tuple[NDArray, NDArray, int]:
-    """A measure in the runs of two cells, those of the n seeds that both have first and in the same order; and n."""
-    both = [{row["seed"]: row[measure] for row in rows if row["cell"] == name} for name in (cell, baseline)]
-    shared = sorted(both[0].keys() & both[1].keys())
-    own, other = (np.array([d[seed] for seed in dict.fromkeys([*shared, *d])]) for d in both)
-    return own, other, len(shared)
-
-
-class Difference(NamedTuple):
-    """A mean difference, half of its 95 % interval, p (of so much or more if there is none), and whether paired."""
-
-    mean: NDArray
-    half: NDArray
-    p: NDArray
-    paired: NDArray
-
-
-def difference(own: NDArray, other: NDArray, n: int) -> Difference:
-    """own (..., N) - other (..., M): by pairs of the first n of each where pairing is shown to help, else Welch's.
-
-    It is shown where sums of pairs vary more than their differences (F test at 1 %), which they do if the seed affects
-    both alike. N and M are 2 or more; leading dimensions are other experiments.
-    """
-
-    def t_test(mean, variance, freedom):
-        freedom = np.nan_to_num(freedom, nan=1.0)
-        p = np.nan_to_num(2 * stats.t.sf(np.abs(mean) / np.sqrt(variance), freedom), nan=1.0)
-        return np.array([mean, np.nan_to_num(stats.t.ppf(0.975, freedom) * np.sqrt(variance)), p])
-
-    with np.errstate(divide="ignore", invalid="ignore"):  # where all runs are equal
-        parts = [(x.var(-1, ddof=1) / x.shape[-1], x.shape[-1] - 1) for x in (own, other)]
-        variance = sum(v for v, _ in parts)
-        welch = t_test(own.mean(-1) - other.mean(-1), variance, variance**2 / sum(v**2 / f for v, f in parts))
-        if n < 3:
-            return Difference(*welch, np.zeros(variance.shape, dtype=bool))
-        pairs = own[..., :n] - other[..., :n]
-        spread, sums = pairs.var(-1, ddof=1), (own[..., :n] + other[..., :n]).var(-1, ddof=1)
-        helps = stats.f.sf(sums / spread, n - 1, n - 1) < 0.01
-        return Difference(*np.where(helps, t_test(pairs.mean(-1), spread / n, n - 1), welch), helps)
-
-
-def holm(p: list[float]) -> list[float]:
-    """p values after Holm's correction: by chance alone, any of them is below 0.05 in at most one of twenty cases."""
-    order = np.argsort(p)
-    corrected = np.maximum.accumulate(np.array(p)[order] * np.arange(len(p), 0, -1)).clip(max=1)
-    return corrected[np.argsort(order)].tolist()
-
-
-def contrasts(rows: list[dict], preset: str) -> Iterator[str]:
-    """The contrasts fixed beforehand; then all others against MHA, or TPA if it is one, with Holm's correction."""
-    fixed = {pair: f"{what}, fixed beforehand" for what, pair in fixed_contrasts(preset).items()}
-    others = ((cell, "mha" if base(cell) == cell else "tpa") for cell in dict.fromkeys(row["cell"] for row in rows))
-    samples = {pair: _samples(rows, *pair, "val_loss") for pair in [*fixed, *others] if pair != ("mha", "mha")}
-    found = {pair: difference(*s) for pair, s in samples.items() if min(map(len, s[:2])) > 1}
-    rest = [pair for pair in found if pair not in fixed]
-    corrected = dict(zip(rest, holm([found[pair].p for pair in rest])))
-    for pair, d in found.items():
-        p = corrected.get(pair, d.p)
-        how = f"{fixed.get(pair, 'corrected')}; {'paired' if d.paired else 'Welch'}, p = {p:.2g}"
-        shown = f"{d.mean:+.3f} [{d.mean - d.half:+.3f}, {d.mean + d.half:+.3f}]"
-        yield f"- {' - '.join(pair)}: {shown} ({how}{'' if p < 0.05 else ', no difference seen'})"
-
-
-def best_rates(rows: list[dict], source: str) -> dict[str, float]:
-    """For each cell of the experiment "rates" the learning rate with the lowest mean loss on held-out documents.
-
-    A rate that was sought on the data `source` counts there; otherwise one that was sought on other data.
-    """
-    rated = [row for row in rows if row["experiment"] == "rates" and not row["failed"]]
-    found = {}
-    for cell in dict.fromkeys(row["cell"] for row in rated):
-        own = [row for row in rated if row["cell"] == cell]
-        losses: dict[float, list[float]] = {}
-        for row in [row for row in own if row["data"] == source] or own:
-            losses.setdefault(row["lr"], []).append(row["val_loss"])
-        found[cell] = min(losses, key=lambda lr: statistics.fmean(losses[lr]))
-    return found
-
-
-def compared(rows: list[dict], source: str) -> list[dict]:
-    """The rows to compare: those of the data `source`, each cell at its own best rate, the search for it left out."""
-    rates = best_rates(rows, source)
-    chosen = [row for row in rows if row["data"] == source and row["experiment"] != "rates" and not row["failed"]]
-    return [row for row in chosen if row["lr"] == rates.get(base(row["cell"]), row["lr"])]
-
-
-def table(rows: list[dict]) -> Iterator[str]:
-    """The results as Markdown, one table for each data set and length of training; failed runs are listed below."""
-    for key in sorted({(row["data"], row["preset"], row["steps"]) for row in rows if row["experiment"] != "rates"}):
-        group = [row for row in compared(rows, key[0]) if (row["preset"], row["steps"]) == key[1:]]
-        yield "{}, {}, {:,} steps".format(*key)
-        yield ""
-        head = "attention|heads|weights in a layer|cache, bytes per token|learning rate|held-out loss|bits per byte"
-        head += "|difference to MHA [95 %]|recall of 2 facts"
-        yield "| " + head.replace("|", " | ") + " |"
-        yield "|" + "---|" * (head.count("|") + 1)
-        for cell in dict.fromkeys(row["cell"] for row in group):
-            own = [row for row in group if row["cell"] == cell]
-            first, losses = own[0], [row["val_loss"] for row in own]
-            spread = f" ± {statistics.stdev(losses):.3f}" if len(own) > 1 else ""
-            comparable = cell != "mha" and _samples(group, cell, "mha", "val_loss")[2]
-            against_mha = str(paired_difference(group, cell)) if comparable else ""
-            recalled = statistics.fmean(row["recall"][0]["choice"] for row in own)
-            weights = f"{first['layer_parameters']:,} ({first['mismatch']:+.1%})"
-            shown = (
-                f"{cell} ({len(own)} runs)", first["n_head"], weights,
-                f"{first['cache_bytes_per_token']:,}", f"{first['lr']:g}", f"{statistics.fmean(losses):.3f}{spread}",
-                f"{statistics.fmean(row['bits_per_byte'] for row in own):.3f}", against_mha, f"{recalled:.0%}",
-            )  # fmt: skip
-            yield "| " + " | ".join(map(str, shown)) + " |"
-        yield ""
-        yield from contrasts(group, key[1])
-        yield ""
-    for row in rows:
-        if row["failed"]:
-            yield f"failed: {row['cell']}, seed {row['seed']}, learning rate {row['lr']:g}: {row['failed']}"
+_EMPTY = {"vocab_size": 0, "tokenizer": "none", "sha256": {}, "scaler": {}}  # of a checkpoint, for us without use
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -417,49 +407,23 @@ def table(rows: list[dict]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Options:
-    """Train the cells of an experiment, each with several seeds, into a file of rows; `table` shows what is there."""
+    """Tune and train the cells, each with several seeds, into a file of rows; `table` shows what is there."""
 
-    experiment: Annotated[Literal["rates", "mechanisms", "ranks", "table"], tyro.conf.Positional]
+    command: Annotated[Literal["run", "table"], tyro.conf.Positional]
     out: Path = Path("compare.jsonl")  # the rows
-    seeds: int = 3  # runs of each kind
-    cells: tuple[str, ...] | None = None  # only these of the experiment's
-    lr: float | None = None  # one learning rate for all; of `rates`, the middle one
-    preset: Literal[tuple(DEFAULTS)] = "tiny"  # this and what follows: as for train
-    data: str = "lessons"
-    tokenizer: str | None = None
-    tokens: int | None = None
-    steps: int | None = None
-    batch_size: int | None = None
-    seq_len: int | None = None
+    data: str = "recall"  # recall, lessons, mixed, fineweb-edu, or a file or folder of text
+    cells: tuple[str, ...] | None = None  # only these
+    preset: Literal[("mini", *DEFAULTS)] = "mini"  # size of the models
+    steps: int = 900  # updates of the weights in a run
+    batch_size: int = 16  # sequences per update
+    seq_len: int = 128  # tokens per sequence; recall's are shorter and more
+    tokens: int = 2_000_000  # of text to prepare
+    tokenizer: str | None = None  # gpt2 or lessons
+    rates: tuple[float, ...] = (0.001, 0.00141)  # where each grid of learning rates begins
+    tuning_seeds: int = 3  # with which the rates are chosen
+    main_seeds: int = 10  # fresh ones for the cells of the fixed contrasts, and for all where recall is asked for
+    seeds: int = 5  # fresh ones for the other cells
     device: str = "auto"
-
-
-def source_name(source: str) -> str:
-    """What rows call their data: a known source by its name, files by their last name alone."""
-    if source == "auto":
-        raise SettingError("--data auto: rows must say what they are about; name the data")
-    return source if source in ("fineweb-edu", "lessons") else Path(source).name
-
-
-def plan(options: Options, rows: list[dict]) -> list[tuple[str, int, float]]:
-    """The runs of an experiment: (cell, seed, learning rate), with the seeds outermost."""
-    peak = options.lr or DEFAULTS[options.preset]["lr"]
-    known = cells(options.preset)
-    names = options.cells or experiment(options.experiment, options.preset)
-    for name in names:
-        if name not in known:
-            raise SettingError(f"--cells {name}: does not exist; choose from {', '.join(known)}")
-    if options.experiment == "rates":
-        seeds = range(RATE_SEEDS, RATE_SEEDS + options.seeds)
-        return [(name, seed, factor * peak) for seed in seeds for factor in RATES for name in names]
-    rates = {} if options.lr else best_rates(rows, source_name(options.data))
-    missing = sorted({base(name) for name in names} - rates.keys()) if not options.lr else []
-    if missing:
-        raise SettingError(
-            f"--out {options.out}: holds no learning rate for {', '.join(missing)}; run the experiment `rates` into "
-            f"the same file first, or choose one rate for all with --lr"
-        )
-    return [(name, seed, rates.get(base(name), peak)) for seed in range(options.seeds) for name in names]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -467,11 +431,10 @@ def main(arguments: list[str] | None = None) -> int:
     prog = "python -m tpa_minimal compare"
     options = parse(Options, arguments, prog)
     try:
-        if options.experiment == "table":
+        if options.command == "table":
             print("\n".join(table(read_rows(options.out))))
             return 0
-        # Under torchrun each process takes its share of the runs, and each run is trained by one process alone.
-        return _work(options, int(os.environ.pop("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1)))
+        return work(options)
     except (SettingError, data.DataError, ValueError, train.TrainError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1 if isinstance(error, (train.TrainError, OSError)) else 2
@@ -479,70 +442,78 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _work(options: Options, rank: int, count: int) -> int:
-    """Make this process's share of the runs that are not in the file yet, no other command writing there."""
-
-    def meet():
-        if count > 1:
-            dist.init_process_group("gloo", rank=rank, world_size=count, timeout=LONGEST_WAIT)
-
-    with contextlib.ExitStack() as stack:
-        if rank > 0:
-            meet()  # once the first has found all in order and prepared the data
-        if options.seeds < 1:
-            raise SettingError(f"--seeds {options.seeds}: must be 1 or more")
-        runs, folder = plan(options, read_rows(options.out)), Path(f"{options.out}.runs")
-        shared = {name: value for name, value in vars(options).items() if name not in ("experiment", "seeds", "cells")}
-        settings, _ = settle(train.TrainConfig(**{**shared, "out": folder}))
-        if rank == 0:
-            stack.enter_context(locked(folder))
-            stack.callback(remove_if_empty, folder)
-            end_last_line(options.out)
-        with contextlib.nullcontext() if rank == 0 else contextlib.redirect_stdout(None):
-            token_data = data.prepare(settings.data, settings.tokens, tokenizer=settings.tokenizer, progress=rank == 0)
-        if rank == 0:
-            meet()
-        status = _make(options, runs[rank::count], settings, token_data, progress=sys.stderr.isatty() and count == 1)
-        if count > 1:
-            with contextlib.suppress(RuntimeError):  # one that was stopped has left
-                dist.barrier()  # for the first holds the lock
-    return status
+def checked(options: Options) -> dict[str, Cell]:
+    """The cells to run. Raises SettingError for a value that cannot work."""
+    check_values({**asdict(options), "lr": 1.0, "seed": 0})
+    for name in ("tuning_seeds", "main_seeds", "seeds"):
+        if not 1 <= getattr(options, name) <= TUNING:
+            flag = name.replace("_", "-")
+            raise SettingError(f"--{flag} {getattr(options, name)}: must be from 1 to {TUNING}")
+    for lr in options.rates:
+        if not 0 < lr < 1e6 or lr != rate(round(2 * math.log2(lr / 0.001))):
+            raise SettingError(f"--rates {lr}: must be of the grid 0.001, 0.00141, 0.002, ... of factors √2")
+    if options.data == "auto":
+        raise SettingError("--data auto: rows must say what they are about; name the data")
+    known = cells(preset(options.preset))
+    for name in options.cells or ():
+        if name not in known:
+            raise SettingError(f"--cells {name}: does not exist; choose from {', '.join(known)}")
+    return {name: known[name] for name in options.cells or known}
 
 
-def _make(options: Options, runs: list, settings: train.TrainConfig, token_data: data.TokenData, progress: bool) -> int:
-    """Those of `runs` that are not in the file yet; returns the exit status."""
+def work(options: Options) -> int:
+    """Make the runs that are left, each being taken by one process; returns the exit status."""
+    chosen, folder = checked(options), Path(f"{options.out}.runs")
+    read_rows(options.out)
+    # Each process of a torchrun works for itself: the file and its locks are all that they share.
+    os.environ.pop("RANK", 0)
+    workers = int(os.environ.pop("WORLD_SIZE", 1))
+    task = find_task(options)
     common = {
-        "data": source_name(options.data),
-        "sha256": token_data.meta["sha256"]["train"][:16],
-        "tokenizer": token_data.tokenizer.name,
-        "vocab_size": token_data.vocab_size,
-        **{name: getattr(settings, name) for name in ("preset", "tokens", "steps", "batch_size", "seq_len", "dtype")},
+        "data": options.data if options.data in ("recall", "lessons", "mixed") else Path(options.data).name,
+        "sha256": digest(task),
+        **{name: getattr(options, name) for name in ("preset", "steps", "batch_size", "seq_len")},
     }
-    device = torch.cuda.get_device_name() if settings.device.startswith("cuda") else bench.cpu_name()
+    device = torch.cuda.get_device_name() if find_device(options.device).type == "cuda" else bench.cpu_name()
     about = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    started, made = time.monotonic(), 0
-    for number, (cell, seed, lr) in enumerate(runs, start=1):
-        what = {**common, "experiment": options.experiment, "cell": cell, "seed": seed, "lr": lr}
-        if identity(what) in map(identity, read_rows(options.out)):
-            continue
-        left = (time.monotonic() - started) / made * (len(runs) - number + 1) if made else 0
-        print(
-            f"run {number} of {len(runs)}: {cell}, seed {seed}, learning rate {lr:g}"
-            + (f"; about {duration(left)} left" if made else ""),
-            flush=True,
-        )
-        key = hashlib.sha256(json.dumps(identity(what)).encode()).hexdigest()[:16]
-        config = replace(
-            settings, out=Path(settings.out, key), seed=seed, lr=lr, eval_every=max(1, settings.steps // 6)
-        )
-        row = run(cell, config, progress)
-        if isinstance(row, int):
-            print(f"stopped; the same command goes on from here, with {len(runs) - number + 1} runs left")
-            return 128 + row
-        append_row(options.out, {**what, **row, **about})
-        shutil.rmtree(config.out, ignore_errors=True)
-        made += 1
-    return 0
+    while True:
+        rows = [row for row in read_rows(options.out) if all(row[name] == common[name] for name in common)]
+        runs, left = plan(options, rows, chosen)
+        if not runs:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            return 0
+        spent = statistics.fmean(row["wall_seconds"] for row in rows) * left / workers if rows else 0.0
+        for name, seed, lr in runs:
+            what = {**common, "cell": name, "seed": seed, "lr": lr}
+            own = folder / hashlib.sha256(json.dumps(identity(what)).encode()).hexdigest()[:16]
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(locked(own))
+                except SettingError:
+                    continue  # another process has this run
+                if identity(what) not in map(identity, read_rows(options.out)):
+                    ready = f"{len(rows)} runs done, {left} or more left"
+                    ready += f", about {duration(spent)}" if rows else ""
+                    print(f"{name}, seed {seed}, learning rate {lr:g}; {ready}", flush=True)
+                    started = time.monotonic()
+                    try:
+                        row = run(chosen[name], options, task, seed, lr, own)
+                    except Stopped as stopped:
+                        print("stopped; the same command goes on from here")
+                        return 128 + stopped.args[0]
+                    row |= {"wall_seconds": time.monotonic() - started, **about}
+                    append_row(options.out, {**what, **row})
+                shutil.rmtree(own, ignore_errors=True)
+            break
+        else:
+            time.sleep(1)  # all that can be made now is being made
+
+
+def digest(task) -> str:
+    """What a task's first batch and held-out data hash to: rows of other data have another."""
+    batches = [task.batch("train", 0, 8, 64, 0), *(batch for part in task.held_out(False).values() for batch in part)]
+    return hashlib.sha256(b"".join(half.numpy().tobytes() for batch in batches for half in batch)).hexdigest()[:16]
 
 
 if __name__ == "__main__":

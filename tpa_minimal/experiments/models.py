@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,29 +31,36 @@ def equal_parameters(attention: str, config: T6Config) -> T6Config:
     return replace(config, n_head=match_heads(attention, parameters, config.d_model, config.d_head, **sizes))
 
 
-def build_model(settings: TrainConfig, vocab_size: int) -> T6:
-    """The model that settled `settings` describe, with weights drawn from `settings.seed`.
+def new_model(config: T6Config, make: Callable[[T6Config], nn.Module], seed: int) -> T6:
+    """A T6 with the attention layers that `make` makes, its weights drawn from `seed`.
 
     The backbone's weights are the same for every attention of equal n_layer and d_model: each attention layer draws
-    from a generator of its own. Raises SettingError where the configuration cannot work.
+    from a generator of its own.
     """
-    make, layers = find_attention(settings.attention), iter(range(2**31))
+    layers = iter(range(2**31))
 
     def attention(config: T6Config) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(
-                int.from_bytes(hashlib.sha256(f"{settings.seed} {next(layers)}".encode()).digest()[:7], "big")
-            )
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {next(layers)}".encode()).digest()[:7], "big"))
             return make(config)
 
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed or 0)
+        return T6(config, attention)
+
+
+def build_model(settings: TrainConfig, vocab_size: int) -> T6:
+    """The model that settled `settings` describe, as `new_model` draws it from `settings.seed`.
+
+    Raises SettingError where the configuration cannot work.
+    """
+    make = find_attention(settings.attention)
     try:
         config = T6Config.preset(settings.preset, **{"vocab_size": vocab_size, **settings.changes})
         config = replace(config, max_len=max(config.max_len, settings.seq_len))
         if config.max_len > MAX_LEN:
             raise ValueError(f"max_len={config.max_len}: at most {MAX_LEN:,} makes sense")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed or 0)
-            return T6(equal_parameters(settings.attention, config), attention)
+        return new_model(equal_parameters(settings.attention, config), make, settings.seed)
     except (TypeError, ValueError, AttributeError) as error:
         raise SettingError(f"--preset {settings.preset} --attention {settings.attention}: {error}") from error
 

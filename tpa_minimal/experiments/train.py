@@ -71,6 +71,7 @@ class DivergedError(TrainError):
     """A loss, or a weight, that is not finite."""
 
     def __init__(self, what: str, lr: float):
+        self.what = what
         super().__init__(f"{what}: --lr {lr} is probably too high; start again with a lower one and another --out")
 
 
