@@ -554,7 +554,7 @@ looks.table(header, rows, "Bytes per token and layer of the paper's small models
 
 # %%
 def rounded(model, bits):
-    """A copy whose layers round a_k, b_k, a_v and b_v to so many bits each; None leaves one as it is."""
+    """A copy that rounds a_k, b_k, a_v, b_v to so many bits each; None: not at all."""
     model = copy.deepcopy(model)
 
     def factors(layer, *args):
