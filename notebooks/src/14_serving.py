@@ -888,9 +888,7 @@ def seconds(run):
 
 plain = seconds(lambda p: model.generate(p, 48, temperature=0))
 ahead = seconds(lambda p: serving.speculate(model, draft, p, 48, 4))
-print(
-    f"4 proposed: {plain / ahead:.2f} times the speed of plain decoding, on this machine"
-)
+print(f"4 proposed: {plain / ahead:.2f} times the speed of plain decoding here")
 
 # %% [markdown]
 # More than two tokens for each pass, and yet no such gain in time: our draft has one layer of the model's two, so that a
