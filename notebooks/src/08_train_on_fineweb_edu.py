@@ -136,6 +136,14 @@ print(f"know nothing {know_nothing:.2f}, know frequencies {know_frequencies:.2f}
 # App. H of the paper: AdamW with $\beta = (0.9, 0.95)$, weight decay 0.1, gradients clipped to norm 1, a warm-up and
 # then a cosine. Decay pulls weights to zero and is meant for *matrices*; on vectors, such as the gain of a norm or a
 # bias, it would only do harm. T6 has matrices alone. Its embedding is decayed too: it is also the output layer.
+#
+# | the paper's | small | medium | large | XL |
+# |---|---|---|---|---|
+# | highest learning rate | 6e-4 | 3e-4 (its code: 6e-4) | 2e-4 | 1e-4 |
+# | last learning rate | 3e-5 | 6e-5 | 1e-5 | 1e-5 |
+#
+# A batch has 480 sequences of 1,024 tokens, 491,520 a step, so that 50 billion tokens are about 101,725 steps, of which
+# 2,000 are the warm-up. (`train` ends at a twentieth of the highest rate, which is the paper's for small and large.)
 
 # %% claim="app-h-decay"
 settings = dict(preset="tiny", batch_size=8, seq_len=128, lr=4e-3, device=device)

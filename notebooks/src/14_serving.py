@@ -18,7 +18,7 @@
 # (filled in by notebooks/build.py)
 
 # %% [markdown]
-# Notebook 07 ended with `generate`: one batch, one cache, start to end. A server is asked by many at once, at any time,
+# Notebook 07 ended with `generate`: one batch, one cache, start to end. A server serves many users at once, at any time,
 # for answers of any length, often behind the same long instructions. What stands between the two is small and has
 # little to do with TPA, which is the good news: a factor cache can be padded, paged, shared, rounded and rolled back
 # like any other. Here we do each of these, and measure.
@@ -178,7 +178,7 @@ assert held > 1.5 * needed
 # %% [markdown]
 # ## 3 · Continuous batching
 #
-# The remedy for the waiting: decide anew *at each step* who is in the batch. Who is done leaves, who waits comes in.
+# The remedy for the waiting: decide anew *at each step* who is in the batch. Finished sequences leave, waiting ones enter.
 # The picture shows it for our requests, one line for each place in the batch:
 
 
@@ -302,8 +302,8 @@ looks.table(
 # when the last one is full. `PagedCache` is that, with the interface of `FactorCache`, so the model does not notice.
 #
 # The table has a second use. Many requests begin with the same long system prompt. Its factors are the same, so its
-# pages can be, too: a **fork** copies the table, not the pages, and raises their *reference counts*. Only who writes to
-# a page that others hold makes a copy first, *copy on write*.
+# pages can be, too: a **fork** copies the table, not the pages, and raises their *reference counts*. Only a sequence
+# that writes to a page that others hold makes a copy first, *copy on write*.
 
 # %%
 instructions = " ".join(q.context.split("\n")[0] for q in asked[0][:3])
@@ -467,7 +467,7 @@ header = ["", "users, separate caches", "users, prompt shared"]
 looks.table(header, rows, "Llama 3 8B in 80 GB: 32,768 shared tokens and 2,048 own")
 
 # %% [markdown]
-# Sharing multiplies the users by about 16, whatever the mechanism; TPA multiplies what it finds. The two are
+# Sharing multiplies the users by about 16, whatever the mechanism; TPA's saving multiplies with it. The two are
 # independent, and the larger factor here is not TPA's. (Activations come on top, and no mechanism but the shipped one has been trained.)
 #
 # ## 5 · Eight bits
@@ -678,8 +678,8 @@ looks.table(
 #
 # - **b before a.** A row of $b$ has $d_h = 16$ numbers here and one of $a$ has $h = 8$. The more numbers share a scale,
 #   the further the largest stands above the rest, and the coarser is the step for these. So $b$ has the larger error.
-# - **Keys before values.** The error of a value enters the output as it is, weighted and averaged over all positions: it
-#   is *typically* larger than that of a key, and never very large. The error of a key enters a score, and the softmax
+# - **Keys before values.** The error of a value enters the output as it is, weighted and averaged over all positions: for $b$
+#   it is *typically* larger than that of a key, and never very large. The error of a key enters a score, and the softmax
 #   raises $e$ to the score. An error of 7 % changes nothing where the score is near 0, and much where it is large,
 #   which is where the model looks for something in particular. So a key's errors are rare and large.
 #
@@ -856,7 +856,7 @@ for n_draft in (1, 2, 4, 8):
 
 # %% [markdown]
 # If each proposal were right with probability α, whatever came before, a check of n proposals would bring
-# $1 + α + α^2 + \dots + α^n$ tokens. Take α from the run with one proposal:
+# $1 + \alpha + \alpha^2 + \dots + \alpha^n$ tokens. Take $\alpha$ from the run with one proposal:
 
 # %% tags=["hide-input"]
 alpha = per_check[1] - 1
@@ -899,7 +899,7 @@ print(f"4 proposed: {plain / ahead:.2f} times the speed of plain decoding here")
 #
 # ## 8 · Time to the first token, and per token
 #
-# Two times are felt by who waits. The **time to first token** is prefill: one pass over the prompt, all arithmetic.
+# There are two times that a user notices. The **time to first token** is prefill: one pass over the prompt, all arithmetic.
 # The **time per token** after it is decoding, and reads the cache. Here for two layers, on the machine at hand:
 
 # %%
