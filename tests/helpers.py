@@ -1,6 +1,8 @@
 """What several test files use."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -22,3 +24,19 @@ def storages(cache) -> dict[int, int]:
         kept += value if isinstance(value, (list, tuple)) else [value]
     kept = [tensor.untyped_storage() for tensor in kept if isinstance(tensor, torch.Tensor)]
     return {storage.data_ptr(): storage.nbytes() for storage in kept}
+
+
+def random_factors(B, T, M, h, d_h, ranks, scale=1.0, dtype=torch.float64):
+    """a_q, b_q (T queries), a_k, b_k, a_v, b_v (M positions), in the order of factor_attention's arguments."""
+    shapes = [(B, length, rank, width) for length, rank in zip((T, M, M), ranks) for width in (h, d_h)]
+    return [(scale * torch.randn(shape, dtype=torch.float64)).to(dtype) for shape in shapes]
+
+
+def passed_in_the_interpreter(file) -> int:
+    """Run a test file in a process in which Triton interprets its kernels; returns how many tests passed there."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    return run.stdout.count(".")

@@ -4,17 +4,12 @@ import copy
 
 import pytest
 import torch
-from helpers import exactly
+from helpers import exactly, random_factors
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tpa_minimal import cpu_decode, tpa, variants
 from tpa_minimal.baselines import MultiHeadAttention
-
-
-def random_factors(B, T, M, h, d_h, ranks, dtype=torch.float64):
-    shapes = [(B, length, rank, width) for length, rank in zip((T, M, M), ranks) for width in (h, d_h)]
-    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
 @given(
@@ -49,7 +44,7 @@ def test_gradients_are_the_plain_functions():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_caches_lose_no_more_than_their_own_digits(dtype):
-    factors = random_factors(1, 1, 3000, 4, 8, (3, 2, 1), dtype)
+    factors = random_factors(1, 1, 3000, 4, 8, (3, 2, 1), dtype=dtype)
     exact = tpa.factor_attention(*(factor.double() for factor in factors), start=2999)
     got = cpu_decode.factor_attention(*factors, start=2999, block_size=512)
     assert got.dtype == dtype

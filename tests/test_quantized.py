@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from helpers import exactly, storages
+from helpers import exactly, random_factors, storages
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_memory import layers, real_layer
@@ -42,11 +42,6 @@ def test_zeros_and_the_largest_number_of_a_row():
         back = quantize(x, bits).to(torch.float32)
         assert torch.equal(back[0, 0, 0], torch.zeros(2)) and back.isfinite().all()
         exactly(back[0, 0, 1], x[0, 0, 1], 0.01)
-
-
-def random_factors(B, T, M, h, d_h, ranks):
-    shapes = [(B, length, rank, width) for length, rank in zip((T, M, M), ranks) for width in (h, d_h)]
-    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
 
 @pytest.mark.parametrize("attend", [factor_attention, cpu_decode.factor_attention])

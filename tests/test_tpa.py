@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import exactly, storages
+from helpers import exactly, random_factors, storages
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -35,16 +35,6 @@ def random_model(tpa, config, seed=0):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)
     return model
-
-
-def random_factors(B, T, M, h, d_h, ranks, scale=1.0):
-    """a_q, b_q (T queries), a_k, b_k, a_v, b_v (M positions), in the order of factor_attention's arguments."""
-    lengths = (T, M, M)
-    return tuple(
-        scale * torch.randn(B, length, rank, width, dtype=torch.float64)
-        for length, rank in zip(lengths, ranks)
-        for width in (h, d_h)
-    )
 
 
 def attention_by_loops(a_q, b_q, a_k, b_k, a_v, b_v, start):

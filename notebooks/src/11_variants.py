@@ -361,14 +361,7 @@ held_out = list(lessons.validation_batches(batch_size=16, seq_len=64, max_batche
 def bytes_and_loss(attention, seed=0, **changes):
     torch.manual_seed(seed)
     model = T6(replace(small, **changes), attention=attention)
-    optimizer = train.new_optimizer(model, lr=4e-3)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, steps, 4e-3)
-        inputs, targets = lessons.batch("train", step, 8, 64, seed)
-        (train.loss_sum(model, inputs, targets) / targets.numel()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train.fit(model, lessons, steps, lr=4e-3, seed=seed)
     cache = model.new_cache(batch_size=1)
     with torch.no_grad():
         model(held_out[0][0][:1], cache)

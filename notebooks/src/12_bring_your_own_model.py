@@ -277,18 +277,6 @@ steps = 1500 if os.environ.get("TPA_FULL") == "1" else 250
 held_out = list(lessons.validation_batches(batch_size=16, seq_len=64, max_batches=8))
 
 
-def fit(model, steps, lr):
-    optimizer = train.new_optimizer(model, lr)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, steps, lr)
-        inputs, targets = lessons.batch("train", step, 8, 64, seed=0)
-        (train.loss_sum(model, inputs, targets) / targets.numel()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
-
-
 # %%
 @torch.no_grad()
 def held_out_loss(model):
@@ -298,7 +286,8 @@ def held_out_loss(model):
 
 
 # %%
-gqa = fit(T6(sizes, attention=partial(MultiHeadAttention, n_kv_head=4)), steps, lr=4e-3)
+gqa = T6(sizes, attention=partial(MultiHeadAttention, n_kv_head=4))
+train.fit(gqa, lessons, steps, lr=4e-3)
 gqa_loss = held_out_loss(gqa)
 for block in gqa.blocks:
     block.attention = convert.mha_to_tpa(block.attention)
@@ -435,7 +424,7 @@ cut, tuned = [], []
 for R in (1, 2, 3):
     small = convert.reduce_rank(gqa, sample, rank_k=R, rank_v=R)
     cut.append(held_out_loss(small))
-    tuned.append(held_out_loss(fit(small, 40, lr=1e-3)))
+    tuned.append(held_out_loss(train.fit(small, lessons, 40, lr=1e-3)))
 cut.append(gqa_loss)
 
 # %% tags=["hide-input"]

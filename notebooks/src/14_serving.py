@@ -55,22 +55,12 @@ sizes = dict(vocab_size=lessons.vocab_size, d_head=16, max_len=512, init="author
 held_out = list(lessons.validation_batches(batch_size=16, seq_len=64, max_batches=8))
 
 
-def fit(model, steps, lr=8e-3):
-    optimizer = train.new_optimizer(model, lr)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, steps, lr)
-        inputs, targets = lessons.batch("train", step, 8, 64, seed=0)
-        (train.loss_sum(model, inputs, targets) / targets.numel()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
-
-
 # %%
 steps = 3000 if FULL else 300
-model = fit(T6(T6Config(n_layer=2, d_model=64, n_head=8, **sizes)), steps)
-draft = fit(T6(T6Config(n_layer=1, d_model=32, n_head=4, **sizes)), steps)
+model = T6(T6Config(n_layer=2, d_model=64, n_head=8, **sizes))
+draft = T6(T6Config(n_layer=1, d_model=32, n_head=4, **sizes))
+for each in (model, draft):
+    train.fit(each, lessons, steps, lr=8e-3)
 
 
 # %%

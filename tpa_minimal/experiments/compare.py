@@ -51,7 +51,7 @@ from tpa_minimal.experiments.checkpoint import (
 )
 from tpa_minimal.experiments.contrasts import FIXED, TUNING, Point, table
 from tpa_minimal.experiments.models import new_model
-from tpa_minimal.experiments.options import parse
+from tpa_minimal.experiments.options import finish, parse
 from tpa_minimal.experiments.processes import SIGNALS, Processes, StopRequest, locked
 from tpa_minimal.experiments.report import duration
 from tpa_minimal.experiments.settings import DEFAULTS, TrainConfig, check_values, find_device, natural_dtype
@@ -436,8 +436,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         return work(options)
     except (SettingError, data.DataError, ValueError, train.TrainError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, (train.TrainError, OSError)) else 2
+        return finish(prog, 1 if isinstance(error, (train.TrainError, OSError)) else 2, str(error))
     except KeyboardInterrupt:
         return 130
 

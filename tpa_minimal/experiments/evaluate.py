@@ -716,19 +716,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status that the module's docstring lists."""
     import tyro
 
-    from tpa_minimal.experiments.options import parse
+    from tpa_minimal.experiments.options import finish, parse
 
     prog = "python -m tpa_minimal evaluate"
     config = parse(EvaluateConfig, arguments, prog, config=(tyro.conf.PositionalRequiredArgs,))
     try:
         print(table(run(config)))
     except (EvaluationError, SettingError, data.DataError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
+        return finish(prog, 2, str(error))
     except OSError as error:
-        print(f"{prog}: cannot write the results: {error}; make room, or choose another --out", file=sys.stderr)
-        return 1
+        return finish(prog, 1, f"cannot write the results: {error}; make room, or choose another --out")
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; the tasks that were finished are saved", file=sys.stderr)
-        return 130
+        return finish(prog, 130, "interrupted; the tasks that were finished are saved")
     return 0

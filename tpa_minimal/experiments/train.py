@@ -104,6 +104,22 @@ def loss_sum(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
+def fit(model: T6, tokens, steps: int, lr: float, seed: int = 0) -> T6:
+    """Give a model `steps` updates by the recipe, on batches of 8 × 64 of `tokens`, a data.TokenData; returns it.
+
+    The loop alone, for experiments of seconds; `train` keeps metrics and checkpoints besides.
+    """
+    optimizer = new_optimizer(model, lr)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr)
+        inputs, targets = tokens.batch("train", step, 8, 64, seed)
+        (loss_sum(model, inputs, targets) / targets.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
 # ------------------------------------------------------------------------------------------------ the training
 
 
@@ -313,19 +329,15 @@ def _train(settings: TrainConfig, checkpoint: Path | None, processes: Processes,
         )
     # 2. Model and optimizer.
     torch.manual_seed(settings.seed)
-    vocab_size, tokenizer = token_data.vocab_size, token_data.tokenizer.name
+    vocab_size = token_data.vocab_size
     model = load_run_model(settings, state, checkpoint) if checkpoint else initial_model(settings, vocab_size)
     trainer = Trainer(settings, processes, token_data, model.to(device))
     if checkpoint:
         load_training(model, trainer.optimizer, checkpoint, state["updates"])
         trainer.scaler.load_state_dict(state["scaler"]) if state["scaler"] else None
     describe_run(settings, trainer, state["step"], log)
-    state.update(
-        settings={f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in FREE},
-        vocab_size=vocab_size,
-        tokenizer=tokenizer,
-        sha256=token_data.meta["sha256"],
-    )
+    own = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in FREE}
+    state.update(settings=own, vocab_size=vocab_size, tokenizer=settings.tokenizer, sha256=token_data.meta["sha256"])
     # 3. The steps that are left.
     try:
         if processes.rank == 0 and not (out / "config.json").exists():
