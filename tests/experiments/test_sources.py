@@ -243,7 +243,7 @@ def test_one_text_of_many_megabytes(tmp_path, name):
 def test_a_text_that_would_take_too_much_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MOST_BYTES", 6000)
     parquet.write_table(pyarrow.table({"id": [1, 2], "text": ["a" * 9000, "b" * 9000]}), tmp_path / "b.parquet")
-    with pytest.raises(DataError, match=r"b.parquet holds 18,\d+ bytes in 2 texts; divide them"):
+    with pytest.raises(DataError, match=r"b.parquet holds a page of 18,\d+ bytes; divide its texts"):
         texts(tmp_path / "b.parquet", tmp_path)
     (tmp_path / "a.jsonl").write_bytes(json_lines(["fine", "a" * 5900]))
     assert len(texts(tmp_path / "a.jsonl", tmp_path)) == 2

@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from tpa_minimal.experiments import lessons
 
@@ -291,15 +292,59 @@ def _parquet_texts(path: Path) -> Iterator[str]:
         if str(getattr(kind, "value_type", kind)) not in ("string", "large_string", "string_view"):
             raise DataError(f"{path}: its column text holds {kind}, not text; write it as strings")
         for group in map(opened.metadata.row_group, range(opened.num_row_groups)):
-            columns = map(group.column, range(group.num_columns))
-            size = sum(one.total_uncompressed_size for one in columns if one.path_in_schema == "text")
-            if size > MOST_BYTES * max(group.num_rows, 1):
-                raise DataError(f"{path} holds {size:,} bytes in {group.num_rows} texts; divide them")
+            for column in map(group.column, range(group.num_columns)):
+                size = max(_page_sizes(path, column), default=0) if column.path_in_schema.split(".")[0] == "text" else 0
+                if size > MOST_BYTES:  # a page is in memory as a whole, whatever is read of it
+                    raise DataError(f"{path} holds a page of {size:,} bytes; divide its texts, or write smaller pages")
         # One row at a time, in this thread: a few kilobytes can decode to gigabytes.
         for batch in opened.iter_batches(batch_size=1, columns=["text"], use_threads=False):
             for value in batch.column(0):
                 buffer = memoryview(getattr(value, "value", value).as_buffer() or b"")
                 yield from codecs.iterdecode((buffer[i : i + BLOCK] for i in range(0, len(buffer), BLOCK)), "utf-8")
+
+
+def _page_sizes(path: Path, column) -> Iterator[int]:
+    """Bytes of a column chunk's pages, decompressed, by their headers, which pyarrow does not show."""
+    start = column.data_page_offset
+    if column.has_dictionary_page and column.dictionary_page_offset:
+        start = min(start, column.dictionary_page_offset)
+    with open(path, "rb") as file:
+        file.seek(start)
+        while file.tell() < start + column.total_compressed_size:
+            try:
+                _, size, stored, *_ = _thrift(file, 12).values()  # PageHeader: its type, the sizes of what comes
+                if min(size, stored) < 0:
+                    raise ValueError(f"sizes of {size} and {stored} bytes")
+            except (LookupError, ValueError, TypeError, RecursionError) as error:
+                raise DataError(f"{path} cannot be read: the header of a page is damaged; mend or remove it") from error
+            yield size
+            file.seek(stored, os.SEEK_CUR)
+
+
+def _thrift(file: BinaryIO, kind: int) -> dict[int, object] | int | None:
+    """A value in Thrift's compact protocol, of the kinds in a page's header: a structure, a whole number, or passed."""
+
+    def number() -> int:
+        low, shift = file.read(1)[0], 7
+        value = low & 127
+        while low > 127:
+            low = file.read(1)[0]
+            value, shift = value | (low & 127) << shift, shift + 7
+        return value
+
+    if kind in (4, 5, 6):  # zigzag: 0, -1, 1, -2, ...
+        value = number()
+        return value >> 1 ^ -(value & 1)
+    if kind == 12:
+        fields, name = {}, 0
+        while head := file.read(1)[0]:
+            name = name + (head >> 4) if head >> 4 else _thrift(file, 4)
+            fields[name] = _thrift(file, head & 15)
+        return fields
+    if kind not in (1, 2, 3, 7, 8):
+        raise ValueError("the header of a page holds a list")
+    file.seek({1: 0, 2: 0, 3: 1, 7: 8}[kind] if kind != 8 else number(), os.SEEK_CUR)
+    return None
 
 
 def _json_texts(path: Path) -> Iterator[str]:
