@@ -198,6 +198,14 @@ def published():
     return compare.MEASURED.read_text(encoding="utf-8").splitlines(keepends=True)
 
 
+def test_runs_on_other_data_or_with_other_batches_are_not_compared():
+    rows = [json.loads(line) for line in published()[:2]]
+    for name, other in dict(data="x", sha256="x", preset="tiny", steps=1, batch_size=5, seq_len=9).items():
+        changed = [{**rows[0], name: other}]
+        assert [own for _, own in contrasts.groups([rows[0], *changed])] == [[rows[0]], changed], name
+    assert len(list(contrasts.groups([rows[0], {**rows[0], "cell": "mha", "seed": 3, "lr": 0.1}]))) == 1
+
+
 def test_a_cut_line_is_left_out_and_does_not_spoil_the_next(tmp_path):
     path, rows = tmp_path / "rows.jsonl", [json.loads(line) for line in published()[:3]]
     assert compare.read_rows(path) == []

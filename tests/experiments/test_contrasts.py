@@ -13,7 +13,7 @@ from tpa_minimal.experiments import contrasts
 def rows_of(measure="text_loss", **values):
     """cell=[measure of seed 0, of seed 1, ...]"""
     common = dict(data="lessons", preset="mini", steps=10, failed=None, lr=0.004, n_head=2, layer_parameters=5)
-    common |= dict(cache_bytes_per_token=8, tokens_per_second=100.0)
+    common |= dict(cache_bytes_per_token=8, tokens_per_second=100.0, sha256="", batch_size=1, seq_len=1)
     return [
         {**common, "cell": cell, "seed": seed, measure: value, "val_loss": value,
          "history": [[1, 0.5, 2 * value, value], [2, 1.0, value, value]]}

@@ -49,7 +49,7 @@ from tpa_minimal.experiments.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from tpa_minimal.experiments.contrasts import FIXED, TUNING, Point, table
+from tpa_minimal.experiments.contrasts import FIXED, SHARED, TUNING, Point, table
 from tpa_minimal.experiments.models import new_model
 from tpa_minimal.experiments.options import finish, parse
 from tpa_minimal.experiments.processes import SIGNALS, Processes, StopRequest, locked
@@ -214,7 +214,7 @@ def evaluate(model: nn.Module, task, quick: bool) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------------- rows
 
 # What a run is: two rows that agree in these are the same run.
-IDENTITY = ("data", "sha256", "preset", "cell", "seed", "lr", "steps", "batch_size", "seq_len")
+IDENTITY = (*SHARED, "cell", "seed", "lr")
 _ALWAYS = dict.fromkeys(("data", "sha256", "preset", "cell"), str)
 _ALWAYS |= {**dict.fromkeys(("seed", "steps", "batch_size", "seq_len"), int), "lr": float, "wall_seconds": float}
 _RESULT = dict.fromkeys(("n_head", "layer_parameters", "cache_bytes_per_token"), int)

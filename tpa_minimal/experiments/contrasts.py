@@ -11,6 +11,7 @@ from scipy import stats
 
 # The two questions, put before any run; all other contrasts are corrected for their number.
 FIXED = {"at equal weights": ("tpa", "mha"), "at equal bytes": ("tpa", "gqa")}
+SHARED = ("data", "sha256", "preset", "steps", "batch_size", "seq_len")  # in which rows agree that may be compared
 TUNING = 100  # seeds from here on chose the rates, those below are compared
 SOLVED = 0.9  # the accuracy from which on recall counts as solved
 
@@ -121,12 +122,12 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def groups(rows: list[dict]) -> Iterator[tuple[str, list[dict]]]:
-    """The rows of each task and length of training, and what they are about."""
-    for key in dict.fromkeys((row["data"], row["preset"], row["steps"]) for row in rows):
-        yield (
-            "{}, {}, {:,} steps".format(*key),
-            [row for row in rows if (row["data"], row["preset"], row["steps"]) == key],
-        )
+    """The rows that may be compared, of one task, preset and length of training each, and what they are about."""
+    held: dict[tuple, list[dict]] = {}
+    for row in rows:
+        held.setdefault(tuple(row[name] for name in SHARED), []).append(row)
+    for own in held.values():
+        yield "{data}, {preset}, {steps:,} steps".format(**own[0]), own
 
 
 def fresh(rows: list[dict]) -> list[dict]:
