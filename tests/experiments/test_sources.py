@@ -240,11 +240,38 @@ def test_one_text_of_many_megabytes(tmp_path, name):
     assert letters == len(text) and longest <= sources.LONG and memory < (2000 if size > 10**8 else 1000)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\xff" * 40,
+        b"",
+        b"\x15\x00\x15\x01\x15\x01\x00",  # sizes of -1
+        b"\x15\x00\x18\x01\x01\x15\x02\x00",  # a text for a size
+        b"\x1c" * 5000,  # structures in structures
+        b"\x15\x00\x15\x02\x15" + b"\xff" * 400 + b"\x00\x00",  # a number of 2,800 bits
+        b"\x19\x00",
+    ],
+)
+def test_a_damaged_header_of_a_page_is_one_line(tmp_path, header):
+    """Each at the first page of a file whose footer is whole; an empty one means that the file says it is elsewhere."""
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["word " * 2000 + str(i) for i in range(9)]}), file, compression="none")
+    column = parquet.ParquetFile(file).metadata.row_group(0).column(0)
+    with open(file, "r+b") as opened:
+        opened.seek(column.dictionary_page_offset)
+        opened.write(header or b"\x00" * 9)
+    with pytest.raises(DataError, match=r"a.parquet cannot be read: the header of a page is damaged; mend or remove it"):
+        texts(file, tmp_path)
+
+
 def test_a_text_that_would_take_too_much_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MOST_BYTES", 6000)
     parquet.write_table(pyarrow.table({"id": [1, 2], "text": ["a" * 9000, "b" * 9000]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"b.parquet holds a page of 18,\d+ bytes; divide its texts"):
         texts(tmp_path / "b.parquet", tmp_path)
+    parquet.write_table(pyarrow.table({"text": ["a"] * 600 + ["b" * 9000] + ["c"] * 600}), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"c.parquet holds a page of (9|1)\d*,\d+ bytes; divide its texts"):
+        texts(tmp_path / "c.parquet", tmp_path)
     (tmp_path / "a.jsonl").write_bytes(json_lines(["fine", "a" * 5900]))
     assert len(texts(tmp_path / "a.jsonl", tmp_path)) == 2
     for some in (["fine", "a" * 6000], ["fine", "a" * 1000 + "é"]):

@@ -312,8 +312,9 @@ def _page_sizes(path: Path, column) -> Iterator[int]:
         file.seek(start)
         while file.tell() < start + column.total_compressed_size:
             try:
-                _, size, stored, *_ = _thrift(file, 12).values()  # PageHeader: its type, the sizes of what comes
-                if min(size, stored) < 0:
+                header = _thrift(file, 12)  # PageHeader: 2 and 3 are the sizes before and after compression
+                size, stored = header[2], header[3]
+                if not 0 <= min(size, stored) <= max(size, stored) < 2**31:
                     raise ValueError(f"sizes of {size} and {stored} bytes")
             except (LookupError, ValueError, TypeError, RecursionError) as error:
                 raise DataError(f"{path} cannot be read: the header of a page is damaged; mend or remove it") from error
@@ -327,7 +328,7 @@ def _thrift(file: BinaryIO, kind: int) -> dict[int, object] | int | None:
     def number() -> int:
         low, shift = file.read(1)[0], 7
         value = low & 127
-        while low > 127:
+        while low > 127 and shift < 64:
             low = file.read(1)[0]
             value, shift = value | (low & 127) << shift, shift + 7
         return value
