@@ -260,7 +260,7 @@ def test_a_damaged_header_of_a_page_is_one_line(tmp_path, header):
     with open(file, "r+b") as opened:
         opened.seek(column.dictionary_page_offset)
         opened.write(header or b"\x00" * 9)
-    with pytest.raises(DataError, match=r"a.parquet cannot be read: the header of a page is damaged; mend or remove it"):
+    with pytest.raises(DataError, match=r"a.parquet cannot be read: the header of a page is damaged; mend or remove"):
         texts(file, tmp_path)
 
 
