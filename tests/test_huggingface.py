@@ -351,6 +351,8 @@ def change(name, model):
         model.lm_head = nn.Linear(48, 100, bias=False)
     elif name == "config":
         model.config.rms_norm_eps = 0.3
+    elif name == "both ways":
+        model.config.is_causal = False
     elif name == "float8":
         layers[0].mlp.up_proj.weight.data = layers[0].mlp.up_proj.weight.data.to(torch.float8_e4m3fn)
     else:
@@ -372,6 +374,7 @@ def change(name, model):
         ("twice", "model.layers.2.*is model.layers.0.* again: give it a copy"),
         ("vocabulary", "lm_head has out_features=100, and by its config 67"),
         ("config", "variance_epsilon=1e-05, and by its config 0.3"),
+        ("both ways", "is_causal=False: .*only causal models"),
         ("float8", "up_proj.weight is a Tensor of torch.float8_e4m3fn: dequantize"),
         ("dropout", "attention_dropout=0.1: TPA has none"),
     ],
@@ -532,6 +535,36 @@ def test_a_text_beyond_the_window_is_refused_by_the_drop_in():
             model.generate(tokens, max_new_tokens=10, attention_mask=mask, **options)
 
 
+def test_a_single_drop_in_looks_at_positions_and_masks_too():
+    model, tokens = llama(num_hidden_layers=2), torch.randint(1, 67, (1, 12))
+    attention = convert.use_tpa(llama(num_hidden_layers=2)).model.layers[1].self_attn.attention
+    model.model.layers[1].self_attn = convert.LlamaSelfAttention(attention, 1)
+    hole = torch.ones_like(tokens)
+    hole[0, 4] = 0
+    for given in (dict(attention_mask=hole), dict(position_ids=torch.tensor([POSITIONS[0]]))):
+        with pytest.raises(ValueError, match="holes|packed"):
+            model(tokens, **given)
+
+
+def test_masks_that_differ_by_head_or_add_to_the_scores_are_refused_by_the_drop_in():
+    model, tokens = convert.use_tpa(llama()), torch.randint(1, 67, (1, 9))
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match=r"axes \(1, 6, 9, 9\)"):
+        model(tokens, attention_mask=causal.expand(1, 6, -1, -1))
+    distances = (torch.arange(9) - torch.arange(9)[:, None]).float()
+    with pytest.raises(ValueError, match="adds to the scores"):
+        model(tokens, attention_mask=distances.masked_fill(~causal, -torch.inf)[None, None] - 0.5)
+    plain = torch.zeros(9, 9).masked_fill(~causal, -1e4)[None, None]
+    torch.testing.assert_close(model(tokens, attention_mask=plain).logits, model(tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_a_state_without_one_of_a_layers_weights_is_named():
+    model = convert.use_tpa(llama())
+    state = {key: value for key, value in model.state_dict().items() if "1.self_attn.o_proj" not in key}
+    with pytest.raises(RuntimeError, match="layers.1.self_attn"):
+        model.load_state_dict(state)
+
+
 def test_attention_weights_are_refused_by_the_drop_in():
     with pytest.raises(ValueError, match="output_attentions: TPA never forms"):
         convert.use_tpa(llama())(torch.ones(1, 4, dtype=torch.long), output_attentions=True)
@@ -637,7 +670,7 @@ def test_attention_that_takes_no_mask_is_refused():
     with pytest.raises(ValueError, match="MultiHeadAttention attends in a way of its own"):
         convert.LlamaSelfAttention(MultiHeadAttention(config()), 0)
     layer = convert.LlamaSelfAttention(variants.FixedHeadFactors(config()), 0)
-    with pytest.raises(ValueError, match="2 axes.*sdpa"):
+    with pytest.raises(ValueError, match=r"axes \(1, 3\).*sdpa"):
         layer(torch.randn(1, 3, 24), attention_mask=torch.ones(1, 3))
 
 

@@ -245,6 +245,8 @@ def _refuse_inexact(model, max_len: int) -> None:
         raise ValueError(f"attention_dropout={dropout}: TPA has none; load the model with attention_dropout=0")
     if c.hidden_act != "silu":
         raise ValueError(f"hidden_act={c.hidden_act!r}: T6's feed-forward layer is SwiGLU, so only 'silu' converts")
+    if not getattr(c, "is_causal", True):
+        raise ValueError("is_causal=False: TPA and T6 see earlier tokens alone; only causal models convert")
     window = getattr(c, "sliding_window", None)
     if window is not None and window < max_len:
         raise ValueError(
@@ -372,6 +374,7 @@ class LlamaSelfAttention(nn.Module):
             raise ValueError(f"{type(attention).__name__} attends in a way of its own, to which no mask can be given")
         self.attention = attention
         self.layer_idx = layer_idx
+        self.checks = True  # positions and masks; where they are the same for all layers, the first is enough
 
     def forward(
         self,
@@ -389,7 +392,7 @@ class LlamaSelfAttention(nn.Module):
         if past_key_values is not None:
             start = int(past_key_values.get_seq_length(self.layer_idx))
         padding = None if attention_mask is None else self._padding(attention_mask, B, start, T)
-        if self.layer_idx == 0:  # the same for all layers
+        if self.checks:
             _check_positions(position_ids, start, T, padding)
         a_q, b_q, *factors = self.attention.factors(hidden_states, start)
         if past_key_values is not None:
@@ -405,8 +408,8 @@ class LlamaSelfAttention(nn.Module):
 
     def _padding(self, mask, batch_size: int, start: int, T: int) -> Tensor:
         """Tokens of left padding in each row (B,), from a mask (B or 1, 1, T, M), True or 0 where a key is seen."""
-        if not isinstance(mask, Tensor) or mask.ndim != 4:
-            axes = f"{mask.ndim} axes" if isinstance(mask, Tensor) else "blocks"
+        if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1] != 1:
+            axes = f"axes {tuple(mask.shape)}" if isinstance(mask, Tensor) else "blocks"
             raise ValueError(
                 f"attention_mask with {axes}: needed is one of shape (B, 1, T, M); load the model with "
                 'attn_implementation="sdpa", or call model.set_attn_implementation("sdpa")'
@@ -415,7 +418,9 @@ class LlamaSelfAttention(nn.Module):
         self._refuse_window(mask.shape[-1], start + T)
         seen = (mask if mask.dtype == torch.bool else mask == 0).expand(batch_size, -1, -1)
         padding = (seen[:, -1].cumsum(-1) == 0).sum(-1)  # before the first that the last token sees
-        if self.layer_idx == 0:  # the same for all layers
+        if self.checks:
+            if mask.dtype != torch.bool and ((mask != 0) & (mask > -1e3)).any():
+                raise ValueError("attention_mask that adds to the scores, as ALiBi does: only 0 and -inf are honoured")
             positions = torch.arange(start + T, device=mask.device)
             tokens = seen[:, :, start:].diagonal(dim1=1, dim2=2).unsqueeze(-1)  # padding does not see itself
             if (tokens & (seen == unseen(positions, positions[start:], padding))).any():
@@ -466,13 +471,13 @@ def _as_llama(module: LlamaSelfAttention, state: dict, prefix: str, _) -> None:
 def _from_llama(module: LlamaSelfAttention, state: dict, prefix: str, *_) -> None:
     """The way back, before a state dict is loaded."""
     layer, ours = module.attention, f"{prefix}attention."
-    names = [f"{prefix}{name}.weight" for name in _PROJECTIONS]
+    names = [f"{prefix}{name}.weight" for name in (*_PROJECTIONS, "o_proj")]
     if not all(name in state for name in names):
         return
-    q, k, v = (state.pop(name) for name in names)
+    q, k, v, out = (state.pop(name) for name in names)
     q, k = (_mirror(weight, layer.config.d_head) for weight in (q, k))
     state[f"{ours}factor_proj.weight"] = torch.cat((q, k, v))
-    state[f"{ours}out_proj.weight"] = state.pop(f"{prefix}o_proj.weight")
+    state[f"{ours}out_proj.weight"] = out
     state |= {ours + name: getattr(layer, name).detach() for name in _CONSTANTS}
 
 
@@ -490,6 +495,7 @@ def use_tpa(model):
         attention = _llama_attention(layer.self_attn, config)
         attention.rope = rope
         layer.self_attn = LlamaSelfAttention(attention, i).train(model.training)
+        layer.self_attn.checks = i == 0
         layer.self_attn.register_state_dict_post_hook(_as_llama)  # in a file its weights have LLaMA's names
         layer.self_attn.register_load_state_dict_pre_hook(_from_llama)
     return model
