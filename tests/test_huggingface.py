@@ -12,6 +12,7 @@ import threading
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -1269,6 +1270,31 @@ def test_a_crafted_config_is_refused_before_anything_is_built(changes, message, 
     for read in (convert.from_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
         with pytest.raises(ValueError, match=message):
             read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(norm_eps=float("nan")), "norm_eps=nan"),
+        (dict(norm_eps=-0.5), "norm_eps=-0.5"),
+        (dict(rope_scale=float("inf")), "rope_scale=inf"),
+        (dict(inv_freq=[float("nan")] * 8), "inv_freq: finite numbers"),
+        (dict(inv_freq=["1"] * 8), "is damaged"),
+    ],
+)
+def test_crafted_extras_of_a_llama_are_refused(changes, message, tmp_path):
+    convert.save_pretrained(convert.llama_to_t6(llama()), tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    found["llama"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=message):
+        convert.from_pretrained(tmp_path)
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    model, tokens = wake(T6(config(rope_base=np.float32(500)))), torch.randint(31, (1, 9))
+    convert.save_pretrained(model, tmp_path)
+    assert torch.equal(convert.from_pretrained(tmp_path)(tokens), model(tokens))
 
 
 def test_weights_of_another_kind_are_refused(tmp_path):

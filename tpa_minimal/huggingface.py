@@ -18,6 +18,7 @@ import importlib.abc
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -185,6 +186,10 @@ class LlamaT6(T6):
         super().__init__(config, attention)
         if len(inv_freq) != config.d_head // 2:
             raise ValueError(f"inv_freq of {len(inv_freq)} numbers: d_head={config.d_head} needs {config.d_head // 2}")
+        if not all(map(math.isfinite, (norm_eps, rope_scale, *inv_freq))) or norm_eps < 0:
+            raise ValueError(
+                f"norm_eps={norm_eps}, rope_scale={rope_scale}, or inv_freq: finite numbers, eps 0 or more"
+            )
         self.norm = LlamaNorm(float(norm_eps), bool(in_float32))
         self.llama = dict(norm_eps=norm_eps, inv_freq=inv_freq, rope_scale=rope_scale, in_float32=in_float32)
         self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -794,7 +799,7 @@ def save_pretrained(model: T6, save_directory: str | os.PathLike, **notes) -> No
     if taken := sorted(description.keys() & notes.keys()):
         raise ValueError(f"{', '.join(taken)}: {CONFIG_FILE} has this already; choose another name for the note")
     state = {_PREFIX + name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    text = json.dumps({**description, **notes}, indent=2) + "\n"
+    text = json.dumps({**description, **notes}, indent=2, default=float) + "\n"  # NumPy's numbers are none of JSON's
 
     def write(path):
         path.write_text(text, encoding="utf-8")
