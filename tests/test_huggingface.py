@@ -388,6 +388,15 @@ def test_what_acts_besides_classes_and_weights_is_refused(name, message):
             function(model)
 
 
+def test_gains_that_overflow_a_narrow_type_are_named():
+    model = llama().half()
+    model.model.layers[1].input_layernorm.weight.data *= 30_000
+    model.model.layers[1].self_attn.q_proj.weight.data *= 30
+    with pytest.raises(ValueError, match=r"blocks.1.attention.factor_proj.weight .* torch.float16 is too narrow"):
+        convert.llama_to_t6(model)
+    assert all(weight.isfinite().all() for weight in convert.llama_to_t6(model.float()).parameters())
+
+
 def test_hooks_of_transformers_own_only_look():
     model, tokens = llama(attn_implementation="eager"), torch.randint(67, (1, 9))
     logits = model(tokens, output_attentions=True, output_hidden_states=True).logits
@@ -1128,6 +1137,23 @@ def test_padding_is_remembered_where_a_later_call_brings_no_mask():
     for i, prompt in enumerate(prompts):
         alone = model.model(torch.cat((prompt, new[i : i + 1]), 1))[:, -4:]
         torch.testing.assert_close(logits[i : i + 1], alone, rtol=0, atol=1e-10)
+
+
+def test_a_mask_that_contradicts_the_cache_is_refused():
+    model = wrapped().double()
+    tokens = torch.randint(30, (2, 7))
+    left = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    whole = model(tokens, attention_mask=left).logits[:, -1:]
+    last = dict(input_ids=tokens[:, 6:])
+    past = model(tokens[:, :6], attention_mask=left[:, :6]).past_key_values
+    with pytest.raises(ValueError, match="pads other tokens than the calls that filled the cache"):
+        model(**last, past_key_values=past, attention_mask=torch.ones_like(left))
+    past.crop(6)
+    logits = model(**last, past_key_values=past, attention_mask=left).logits
+    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-10)
+    past = model(tokens[:, :6]).past_key_values
+    with pytest.raises(ValueError, match="pads other tokens"):
+        model(**last, past_key_values=past, attention_mask=left)
 
 
 @pytest.mark.parametrize(

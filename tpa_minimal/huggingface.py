@@ -327,7 +327,7 @@ def llama_to_t6(model, max_len: int | None = None) -> LlamaT6:
     follow them. RoPE of the types default, linear, llama3 and yarn is carried over. Mistral and Qwen2 are the same
     architecture but for a window of attention and for biases. max_len: of the result's config, if not the model's own.
     Raises ValueError for what would not be exact: biases that are not zero, a window shorter than max_len, other
-    activations, RoPE that depends on the length, adapters, layers of a class of one's own.
+    activations, RoPE that depends on the length, dropout, adapters, hooks, and parts other than the config describes.
 
     Per token and layer the cache holds 2 G d_h numbers, as the model's own; `reduce_rank` goes below.
 
@@ -353,6 +353,11 @@ def llama_to_t6(model, max_len: int | None = None) -> LlamaT6:
         state[f"blocks.{i}.mlp.gate_proj.weight"] = layer.mlp.gate_proj.weight * gain
         state[f"blocks.{i}.mlp.up_proj.weight"] = layer.mlp.up_proj.weight * gain
         state[f"blocks.{i}.mlp.down_proj.weight"] = layer.mlp.down_proj.weight.clone()
+    for name, weight in state.items():
+        if not (weight.is_meta or weight.isfinite().all()):
+            raise ValueError(
+                f"{name} holds NaN or infinity, as where {weight.dtype} is too narrow: model.float() first"
+            )
     t6.load_state_dict(state, assign=True)
     for block in t6.blocks:
         for constant in (block.attention.a_q, block.attention.a_k, block.attention.a_v):
@@ -984,6 +989,13 @@ def _ragged(mask: Tensor | None, batch_size: int, start: int, T: int) -> tuple[T
     return (left if left.any() else None), bool(right.any())
 
 
+def _same_padding(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two paddings (B,) are equal; None is none."""
+    if one is None or other is None:
+        return not any(padding.any() for padding in (one, other) if padding is not None)
+    return torch.equal(one, other)
+
+
 def _check_positions(position_ids: Tensor | None, start: int, T: int, padding: Tensor | None, tokens=None) -> None:
     """Raise ValueError unless `position_ids` count the tokens of each row one by one, with its padding or without.
 
@@ -1112,7 +1124,9 @@ class _CausalLM:
             if right:
                 raise ValueError("attention_mask with padding on the right: pad on the left, or pass use_cache=False")
             past, cache = self._cache(past, B, T, padding)
-            padding = past.layers[0].padding
+            given, padding = padding, past.layers[0].padding
+            if attention_mask is not None and not _same_padding(given, padding):
+                raise ValueError("attention_mask pads other tokens than the calls that filled the cache: repeat theirs")
         _check_positions(position_ids, start, T, padding, tokens)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(self.model.hidden(input_ids, cache, padding)[:, kept])
