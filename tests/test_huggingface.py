@@ -12,9 +12,11 @@ import threading
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from tpa_minimal import huggingface as convert
 from tpa_minimal import variants
@@ -323,6 +325,107 @@ def test_parts_of_ones_own_are_refused(place):
             function(model)
 
 
+def change(name, model):
+    """Alter a LLaMA from outside, its classes and weights aside."""
+    layers = model.model.layers
+    if name == "hook":
+        layers[1].mlp.register_forward_hook(lambda module, args, out: 2 * out)
+    elif name == "pre-hook":
+        layers[0].self_attn.q_proj.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    elif name == "pruned":
+        prune.random_unstructured(layers[1].self_attn.k_proj, "weight", 0.5)
+    elif name == "forward":
+        layers[0].mlp.forward = lambda x, forward=layers[0].mlp.forward: 2 * forward(x)
+    elif name == "eps":
+        layers[2].post_attention_layernorm.variance_epsilon = 1.0
+    elif name == "scaling":
+        layers[1].self_attn.scaling = 1.0
+    elif name == "causal":
+        layers[1].self_attn.is_causal = False
+    elif name == "fewer":
+        model.model.layers = layers[:2]
+    elif name == "more":
+        model.config.num_hidden_layers = 2
+    elif name == "twice":
+        model.model.layers = nn.ModuleList([layers[0], layers[1], layers[0]])
+    elif name == "vocabulary":
+        model.lm_head = nn.Linear(48, 100, bias=False)
+    elif name == "config":
+        model.config.rms_norm_eps = 0.3
+    elif name == "both ways":
+        model.config.is_causal = False
+    elif name == "float8":
+        layers[0].mlp.up_proj.weight.data = layers[0].mlp.up_proj.weight.data.to(torch.float8_e4m3fn)
+    else:
+        layers[1].self_attn.attention_dropout = 0.1
+
+
+@pytest.mark.parametrize(
+    "name,message",
+    [
+        ("hook", "model.layers.1.mlp has a hook, .*remove it"),
+        ("pre-hook", "q_proj has a hook"),
+        ("pruned", "k_proj has a hook, RandomUnstructured"),
+        ("forward", "model.layers.0.mlp has a forward of its own"),
+        ("eps", r"layers.2.post_attention_layernorm has variance_epsilon=1.0, and by its config 1e-05"),
+        ("scaling", "layers.1.self_attn has scaling=1.0, and by its config 0.25"),
+        ("causal", "is_causal=False"),
+        ("fewer", "model.layers.2 is missing, which the config describes"),
+        ("more", "model.layers.2 is a part that the config does not describe"),
+        ("twice", "model.layers.2.*is model.layers.0.* again: give it a copy"),
+        ("vocabulary", "lm_head has out_features=100, and by its config 67"),
+        ("config", "variance_epsilon=1e-05, and by its config 0.3"),
+        ("both ways", "is_causal=False: .*only causal models"),
+        ("float8", "up_proj.weight is a Tensor of torch.float8_e4m3fn: dequantize"),
+        ("dropout", "attention_dropout=0.1: TPA has none"),
+    ],
+)
+def test_what_acts_besides_classes_and_weights_is_refused(name, message):
+    for function in (convert.llama_to_t6, convert.use_tpa):
+        model = llama()
+        change(name, model)
+        with pytest.raises(ValueError, match=message):
+            function(model)
+
+
+def test_gains_that_overflow_a_narrow_type_are_named():
+    model = llama().half()
+    model.model.layers[1].input_layernorm.weight.data *= 30_000
+    model.model.layers[1].self_attn.q_proj.weight.data *= 30
+    with pytest.raises(ValueError, match=r"blocks.1.attention.factor_proj.weight .* torch.float16 is too narrow"):
+        convert.llama_to_t6(model)
+    assert all(weight.isfinite().all() for weight in convert.llama_to_t6(model.float()).parameters())
+
+
+def test_hooks_of_transformers_own_only_look():
+    model, tokens = llama(attn_implementation="eager"), torch.randint(67, (1, 9))
+    logits = model(tokens, output_attentions=True, output_hidden_states=True).logits
+    model.enable_input_require_grads()
+    torch.testing.assert_close(convert.llama_to_t6(model)(tokens), logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind,back", [(MultiHeadAttention, "mha_to_tpa"), (variants.FixedHeadFactors, "tpa_to_mha")])
+def test_layers_with_parts_of_ones_own_are_refused(kind, back):
+    function = getattr(convert, back)
+    first = dict(kind(config()).named_children()).popitem()[0]
+    sizes = getattr(kind(config()), first).weight.shape[::-1]
+    for other, message in (
+        (Doubled(*sizes, bias=False), "is a Doubled"),
+        (nn.Linear(*sizes), "has a bias"),
+        (nn.Sequential(nn.Linear(*sizes, bias=False)), "is a Sequential"),
+    ):
+        layer = kind(config())
+        setattr(layer, first, other)
+        with pytest.raises(ValueError, match=f"{first} {message}"):
+            function(layer)
+    layer = kind(config())
+    layer.out_proj.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(ValueError, match="out_proj has a hook"):
+        function(layer)
+    with pytest.raises(TypeError, match="Own: only"):
+        function(type("Own", (kind,), {"forward": lambda self, x: x})(config()))
+
+
 def test_adapters_are_refused_until_they_are_merged():
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=2, init_lora_weights=False)
@@ -431,6 +534,52 @@ def test_masks_are_honoured_or_refused_by_the_drop_in(implementation):
         model(tokens, attention_mask=packed.expand(3, 1, -1, -1))
 
 
+def test_a_text_beyond_the_window_is_refused_by_the_drop_in():
+    model, tokens = family("Mistral", sliding_window=64), torch.randint(66, (2, 60))
+    options = dict(do_sample=False, pad_token_id=66)
+    text = model.generate(tokens, max_new_tokens=4, **options)
+    convert.use_tpa(model)
+    assert torch.equal(model.generate(tokens, max_new_tokens=4, **options), text)
+    for mask in (None, torch.ones_like(tokens)):
+        with pytest.raises(ValueError, match="64 of 65 tokens, as with sliding_window"):
+            model.generate(tokens, max_new_tokens=10, attention_mask=mask, **options)
+
+
+def test_a_single_drop_in_looks_at_positions_and_masks_too():
+    model, tokens = llama(num_hidden_layers=2), torch.randint(1, 67, (1, 12))
+    attention = convert.use_tpa(llama(num_hidden_layers=2)).model.layers[1].self_attn.attention
+    model.model.layers[1].self_attn = convert.LlamaSelfAttention(attention, 1)
+    hole = torch.ones_like(tokens)
+    hole[0, 4] = 0
+    for given in (dict(attention_mask=hole), dict(position_ids=torch.tensor([POSITIONS[0]]))):
+        with pytest.raises(ValueError, match="holes|packed"):
+            model(tokens, **given)
+
+
+def test_masks_that_differ_by_head_or_add_to_the_scores_are_refused_by_the_drop_in():
+    model, tokens = convert.use_tpa(llama()), torch.randint(1, 67, (1, 9))
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match=r"axes \(1, 6, 9, 9\)"):
+        model(tokens, attention_mask=causal.expand(1, 6, -1, -1))
+    distances = (torch.arange(9) - torch.arange(9)[:, None]).float()
+    with pytest.raises(ValueError, match="adds to the scores"):
+        model(tokens, attention_mask=distances.masked_fill(~causal, -torch.inf)[None, None] - 0.5)
+    plain = torch.zeros(9, 9).masked_fill(~causal, -1e4)[None, None]
+    torch.testing.assert_close(model(tokens, attention_mask=plain).logits, model(tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_a_state_without_one_of_a_layers_weights_is_named():
+    model = convert.use_tpa(llama())
+    state = {key: value for key, value in model.state_dict().items() if "1.self_attn.o_proj" not in key}
+    with pytest.raises(RuntimeError, match="layers.1.self_attn"):
+        model.load_state_dict(state)
+
+
+def test_attention_weights_are_refused_by_the_drop_in():
+    with pytest.raises(ValueError, match="output_attentions: TPA never forms"):
+        convert.use_tpa(llama())(torch.ones(1, 4, dtype=torch.long), output_attentions=True)
+
+
 def test_a_mask_that_is_no_tensor_is_refused_in_one_line():
     layer = convert.use_tpa(llama()).model.layers[0].self_attn
     with pytest.raises(ValueError, match="attention_mask with blocks: .*sdpa"):  # flex_attention's BlockMask
@@ -531,7 +680,7 @@ def test_attention_that_takes_no_mask_is_refused():
     with pytest.raises(ValueError, match="MultiHeadAttention attends in a way of its own"):
         convert.LlamaSelfAttention(MultiHeadAttention(config()), 0)
     layer = convert.LlamaSelfAttention(variants.FixedHeadFactors(config()), 0)
-    with pytest.raises(ValueError, match="2 axes.*sdpa"):
+    with pytest.raises(ValueError, match=r"axes \(1, 3\).*sdpa"):
         layer(torch.randn(1, 3, 24), attention_mask=torch.ones(1, 3))
 
 
@@ -870,6 +1019,38 @@ def test_what_cannot_be_described_or_read_is_refused(tmp_path):
             convert.from_pretrained(tmp_path)
 
 
+def test_parts_of_ones_own_are_not_saved_as_if_they_were_ours(tmp_path):
+    def own_block(model):
+        model.blocks[1].__class__ = type("OwnBlock", (type(model.blocks[1]),), {"forward": lambda self, x, *_, **__: x})
+
+    for alter, message in (
+        (lambda m: setattr(m.blocks[0].mlp, "up_proj", Doubled(24, m.config.d_ff, bias=False)), "up_proj is a Doubled"),
+        (lambda m: m.blocks[0].attention.out_proj.register_forward_hook(lambda *a: 2 * a[2]), "out_proj has a hook"),
+        (lambda m: setattr(m.blocks[0], "forward", lambda x, *_, **__: x), "blocks.0 has a forward of its own"),
+        (lambda m: setattr(m.blocks[0].attention, "attend", lambda *_: None), "attend of its own"),
+        (lambda m: setattr(m, "logits", lambda x: x), "a logits of its own"),
+        (own_block, "blocks.1 is a OwnBlock"),
+        (lambda m: setattr(m.embedding, "max_norm", 0.1), "embedding has max_norm=0.1"),
+        (lambda m: m.blocks.__setitem__(1, m.blocks[0]), "blocks.1.* is blocks.0.* again"),
+        (lambda m: setattr(m.blocks[0].mlp.up_proj, "weight", m.blocks[0].mlp.gate_proj.weight), "another weight too"),
+    ):
+        model = wake(T6(config()))
+        alter(model)
+        with pytest.raises(ValueError, match=message):
+            convert.save_pretrained(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_weights_of_two_types_are_opened_in_the_wider(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = wake(T6(config()))
+    model.embedding.bfloat16()
+    convert.save_pretrained(model, tmp_path)
+    for again in (convert.from_pretrained(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path).model):
+        for name, weight in again.state_dict().items():
+            assert torch.equal(weight.float(), model.state_dict()[name].float())
+
+
 # ------------------------------------------------------------------------------------- T6 inside transformers
 
 WRAPPED = [
@@ -956,6 +1137,23 @@ def test_padding_is_remembered_where_a_later_call_brings_no_mask():
     for i, prompt in enumerate(prompts):
         alone = model.model(torch.cat((prompt, new[i : i + 1]), 1))[:, -4:]
         torch.testing.assert_close(logits[i : i + 1], alone, rtol=0, atol=1e-10)
+
+
+def test_a_mask_that_contradicts_the_cache_is_refused():
+    model = wrapped().double()
+    tokens = torch.randint(30, (2, 7))
+    left = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    whole = model(tokens, attention_mask=left).logits[:, -1:]
+    last = dict(input_ids=tokens[:, 6:])
+    past = model(tokens[:, :6], attention_mask=left[:, :6]).past_key_values
+    with pytest.raises(ValueError, match="pads other tokens than the calls that filled the cache"):
+        model(**last, past_key_values=past, attention_mask=torch.ones_like(left))
+    past.crop(6)
+    logits = model(**last, past_key_values=past, attention_mask=left).logits
+    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-10)
+    past = model(tokens[:, :6]).past_key_values
+    with pytest.raises(ValueError, match="pads other tokens"):
+        model(**last, past_key_values=past, attention_mask=left)
 
 
 @pytest.mark.parametrize(
@@ -1054,6 +1252,15 @@ def test_an_interrupted_save_by_transformers_leaves_the_earlier_one(tmp_path, mo
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("options", [dict(max_shard_size="5KB"), dict(variant="fp16")])
+def test_weights_in_other_files_than_are_read_are_not_written(options, tmp_path):
+    model, tokens = wrapped(), torch.randint(31, (1, 9))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a T6 is saved as one model.safetensors"):
+        wrapped().save_pretrained(tmp_path, **options)
+    assert torch.equal(convert.from_pretrained(tmp_path)(tokens), model(tokens).logits)
+
+
 def test_loaded_weights_are_not_the_file(tmp_path):
     transformers = pytest.importorskip("transformers")
     model, tokens = wake(T6(config())), torch.randint(31, (1, 9))
@@ -1089,6 +1296,31 @@ def test_a_crafted_config_is_refused_before_anything_is_built(changes, message, 
     for read in (convert.from_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
         with pytest.raises(ValueError, match=message):
             read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(norm_eps=float("nan")), "norm_eps=nan"),
+        (dict(norm_eps=-0.5), "norm_eps=-0.5"),
+        (dict(rope_scale=float("inf")), "rope_scale=inf"),
+        (dict(inv_freq=[float("nan")] * 8), "inv_freq: finite numbers"),
+        (dict(inv_freq=["1"] * 8), "is damaged"),
+    ],
+)
+def test_crafted_extras_of_a_llama_are_refused(changes, message, tmp_path):
+    convert.save_pretrained(convert.llama_to_t6(llama()), tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    found["llama"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=message):
+        convert.from_pretrained(tmp_path)
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    model, tokens = wake(T6(config(rope_base=np.float32(500)))), torch.randint(31, (1, 9))
+    convert.save_pretrained(model, tmp_path)
+    assert torch.equal(convert.from_pretrained(tmp_path)(tokens), model(tokens))
 
 
 def test_weights_of_another_kind_are_refused(tmp_path):

@@ -246,10 +246,11 @@ def test_partial_rope_follows_the_authors_layout_up_to_the_order_of_features():
 def test_values_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="rank_k=2, rank_v=1.*rank_k=rank_v=2"):
         variants.SharedFeatureFactors(config(rank_v=1))
-    with pytest.raises(ValueError, match="d_b=3.*one of 2, 4, 8"):
-        variants.ThirdOrderFactors(config(), d_b=3)
-    for rotary_dim in (3, -2, 10):
-        with pytest.raises(ValueError, match=f"rotary_dim={rotary_dim}.*d_head=8"):
+    for d_b in (3, 2.0, True):
+        with pytest.raises(ValueError, match=f"d_b={d_b}.*one of 2, 4, 8"):
+            variants.ThirdOrderFactors(config(), d_b=d_b)
+    for rotary_dim in (3, -2, 10, 2.0, "2", True):
+        with pytest.raises(ValueError, match=f"rotary_dim={rotary_dim!r}.*d_head=8"):
             variants.PartialRoPE(config(), rotary_dim)
 
 

@@ -16,13 +16,15 @@ import contextlib
 import copy
 import importlib.abc
 import importlib.util
+import inspect
 import json
+import math
 import os
 import re
 import sys
 import tempfile
 from dataclasses import asdict, fields, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +37,59 @@ from tpa_minimal import baselines, variants
 from tpa_minimal.files import read_json, write_whole
 from tpa_minimal.tpa import T6, Cache, FactorCache, T6Config, TensorProductAttention, unseen
 from tpa_minimal.variants import FixedHeadFactors, KeyValueOnly
+
+# --------------------------------------------------------------------------------------------- parts of one's own
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_DECISIVE = ("in_features", "out_features", "num_embeddings", "embedding_dim", "max_norm")  # of layers
+_DECISIVE += ("variance_epsilon", "scaling", "is_causal", "num_key_value_groups")  # of transformers' modules
+
+
+def _altered(module: nn.Module) -> str:
+    """What acts on a module besides its class and its weights: a hook, or a method of one's own; "" if nothing does."""
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        if not str(getattr(hook, "__module__", "")).startswith("transformers."):  # those only look
+            return f"a hook, {getattr(hook, '__qualname__', type(hook).__name__)}"
+    for name in vars(module):  # where attention is computed in factor space does not change what it is
+        if inspect.isfunction(getattr(type(module), name, None)) and name != "attend_in_factor_space":
+            return f"a {name} of its own"
+    return ""
+
+
+def _refuse_foreign(model: nn.Module, plain: nn.Module) -> None:
+    """Raise ValueError unless `model` consists of the parts of `plain`, and nothing acts on these from outside.
+
+    plain: newly built from the configuration of `model`, on any device.
+    """
+    expected, seen = dict(plain.named_modules()), {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        where, kind, other = name or "the model", type(module), expected.pop(name, None)
+        if other is None:
+            raise ValueError(f"{where} is a part that the config does not describe: correct the config, or remove it")
+        if type(other) is not kind:
+            raise ValueError(
+                f"{where} is a {kind.__name__}, whose function would be lost; merge adapters and dequantize first "
+                "(model.merge_and_unload(), model.dequantize()), and replace other classes by plain layers"
+            )
+        for key in _DECISIVE:
+            if (there := getattr(module, key, None)) != (said := getattr(other, key, None)):
+                raise ValueError(f"{where} has {key}={there}, and by its config {said}: correct one of the two")
+        if what := _altered(module):
+            raise ValueError(f"{where} has {what}, whose function would be lost: remove it first")
+        for key, value in module.named_parameters(recurse=False):
+            if type(value.data) is not Tensor or value.dtype not in _FLOATS:
+                raise ValueError(f"{name}.{key} is a {type(value.data).__name__} of {value.dtype}: dequantize it first")
+            if seen.setdefault(id(module), name) != name:
+                raise ValueError(f"{where} is {seen[id(module)]} again: give it a copy (copy.deepcopy)")
+    if expected:
+        raise ValueError(f"{next(iter(expected))} is missing, which the config describes: correct the config")
+
+
+def _refuse_biases(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "bias", None) is not None and module.bias.any():
+            raise ValueError(f"{name} has a bias: TPA and T6 have no biases; take a model trained without them")
+
 
 # ------------------------------------------------------------------------------------ MHA, MQA and GQA as TPA
 
@@ -70,8 +125,11 @@ def mha_to_tpa(layer: baselines.MultiHeadAttention) -> FixedHeadFactors:
     `layer`. The cache holds 2 G d_h numbers per token, as GQA's does. Decoding multiplies by the zeros of the masks
     too, and so takes G times GQA's multiply–adds: this is for starting from a model, not for speed.
     """
-    if not isinstance(layer, baselines.MultiHeadAttention):
+    if type(layer) is not baselines.MultiHeadAttention:
         raise TypeError(f"{type(layer).__name__}: only a MultiHeadAttention, with any number of groups, converts")
+    with torch.device("meta"):
+        _refuse_foreign(layer, baselines.MultiHeadAttention(layer.config, layer.n_kv_head))
+    _refuse_biases(layer)
     weights = (layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight, layer.out_proj.weight)
     tpa = _fixed_head_tpa(layer.config, *weights).train(layer.training)
     tpa.rope = layer.rope
@@ -84,8 +142,11 @@ def tpa_to_mha(layer: FixedHeadFactors) -> baselines.MultiHeadAttention:
 
     Fixed-A TPA is thus MHA whose heads' matrices are mixtures of R ones. The result's cache is MHA's, 2 h d_h.
     """
-    if not isinstance(layer, FixedHeadFactors):
+    if type(layer) is not FixedHeadFactors:
         raise TypeError(f"{type(layer).__name__}: only FixedHeadFactors are MHA")
+    with torch.device("meta"):
+        _refuse_foreign(layer, FixedHeadFactors(layer.config))
+    _refuse_biases(layer)
     mha = baselines.MultiHeadAttention(layer.config).to(layer.out_proj.weight)
     mha.rope = layer.rope  # a converted LLaMA's is its own
     b_rows = layer.factor_proj.weight.split(layer.sizes)[1::2]
@@ -125,6 +186,10 @@ class LlamaT6(T6):
         super().__init__(config, attention)
         if len(inv_freq) != config.d_head // 2:
             raise ValueError(f"inv_freq of {len(inv_freq)} numbers: d_head={config.d_head} needs {config.d_head // 2}")
+        if not all(map(math.isfinite, (norm_eps, rope_scale, *inv_freq))) or norm_eps < 0:
+            raise ValueError(
+                f"norm_eps={norm_eps}, rope_scale={rope_scale}, or inv_freq: finite numbers, eps 0 or more"
+            )
         self.norm = LlamaNorm(float(norm_eps), bool(in_float32))
         self.llama = dict(norm_eps=norm_eps, inv_freq=inv_freq, rope_scale=rope_scale, in_float32=in_float32)
         self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -157,7 +222,8 @@ def _llama_rope(extras: dict) -> LlamaRoPE:
     return LlamaRoPE(tuple(map(float, extras["inv_freq"])), float(extras["rope_scale"]), bool(extras["in_float32"]))
 
 
-_FAMILY = ("llama", "mistral", "qwen2")  # one architecture; the last two may have a window or biases besides
+# One architecture; the last two may have a window or biases besides.
+_FAMILY = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 
 
 def _refuse_old(transformers) -> None:
@@ -176,18 +242,16 @@ def _refuse_inexact(model, max_len: int) -> None:
     if c.model_type not in _FAMILY:
         raise ValueError(f"model_type={c.model_type!r}: only {', '.join(_FAMILY)} checkpoints convert")
     _refuse_old(sys.modules["transformers"])
-    theirs = (f"transformers.models.{c.model_type}.modeling_{c.model_type}", "transformers.activations")
-    for name, module in model.named_modules():
-        kind = type(module)
-        if kind not in (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU) and kind.__module__ not in theirs:
-            raise ValueError(
-                f"{name or 'the model'} is a {kind.__name__}, whose function TPA would not have; merge adapters first "
-                "(model = model.merge_and_unload()), and replace other classes by plain layers"
-            )
-        if getattr(module, "bias", None) is not None and module.bias.any():
-            raise ValueError(f"{name} has a bias: TPA and T6 have no biases; take a model trained without them")
+    with torch.device("meta"):
+        plain = getattr(sys.modules["transformers"], f"{_FAMILY[c.model_type]}ForCausalLM")(copy.deepcopy(c))
+    _refuse_foreign(model, plain)
+    _refuse_biases(model)
+    if dropout := max(layer.self_attn.attention_dropout for layer in model.model.layers):
+        raise ValueError(f"attention_dropout={dropout}: TPA has none; load the model with attention_dropout=0")
     if c.hidden_act != "silu":
         raise ValueError(f"hidden_act={c.hidden_act!r}: T6's feed-forward layer is SwiGLU, so only 'silu' converts")
+    if not getattr(c, "is_causal", True):
+        raise ValueError("is_causal=False: TPA and T6 see earlier tokens alone; only causal models convert")
     window = getattr(c, "sliding_window", None)
     if window is not None and window < max_len:
         raise ValueError(
@@ -263,7 +327,7 @@ def llama_to_t6(model, max_len: int | None = None) -> LlamaT6:
     follow them. RoPE of the types default, linear, llama3 and yarn is carried over. Mistral and Qwen2 are the same
     architecture but for a window of attention and for biases. max_len: of the result's config, if not the model's own.
     Raises ValueError for what would not be exact: biases that are not zero, a window shorter than max_len, other
-    activations, RoPE that depends on the length, adapters, layers of a class of one's own.
+    activations, RoPE that depends on the length, dropout, adapters, hooks, and parts other than the config describes.
 
     Per token and layer the cache holds 2 G d_h numbers, as the model's own; `reduce_rank` goes below.
 
@@ -289,6 +353,11 @@ def llama_to_t6(model, max_len: int | None = None) -> LlamaT6:
         state[f"blocks.{i}.mlp.gate_proj.weight"] = layer.mlp.gate_proj.weight * gain
         state[f"blocks.{i}.mlp.up_proj.weight"] = layer.mlp.up_proj.weight * gain
         state[f"blocks.{i}.mlp.down_proj.weight"] = layer.mlp.down_proj.weight.clone()
+    for name, weight in state.items():
+        if not (weight.is_meta or weight.isfinite().all()):
+            raise ValueError(
+                f"{name} holds NaN or infinity, as where {weight.dtype} is too narrow: model.float() first"
+            )
     t6.load_state_dict(state, assign=True)
     for block in t6.blocks:
         for constant in (block.attention.a_q, block.attention.a_k, block.attention.a_v):
@@ -315,16 +384,25 @@ class LlamaSelfAttention(nn.Module):
             raise ValueError(f"{type(attention).__name__} attends in a way of its own, to which no mask can be given")
         self.attention = attention
         self.layer_idx = layer_idx
+        self.checks = True  # positions and masks; where they are the same for all layers, the first is enough
 
     def forward(
-        self, hidden_states: Tensor, attention_mask=None, past_key_values=None, position_ids=None, **_
+        self,
+        hidden_states: Tensor,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=None,
+        output_attentions=False,
+        **_,
     ) -> tuple[Tensor, None]:
         """hidden_states: (B, T, d_model) -> (the same, None for attention weights that are never formed)."""
+        if output_attentions:
+            raise ValueError("output_attentions: TPA never forms attention weights; leave it out")
         (B, T), start = hidden_states.shape[:2], 0
         if past_key_values is not None:
             start = int(past_key_values.get_seq_length(self.layer_idx))
         padding = None if attention_mask is None else self._padding(attention_mask, B, start, T)
-        if self.layer_idx == 0:  # the same for all layers
+        if self.checks:
             _check_positions(position_ids, start, T, padding)
         a_q, b_q, *factors = self.attention.factors(hidden_states, start)
         if past_key_values is not None:
@@ -333,22 +411,26 @@ class LlamaSelfAttention(nn.Module):
             widths = [x.shape[-1] for x in factors]
             # What a static cache returns goes beyond what it holds.
             k, v = (x[:, :, : start + T].transpose(1, 2) for x in past_key_values.update(*new, self.layer_idx))
+            self._refuse_window(k.shape[1], start + T)
             factors = [*k.split(widths[:2], dim=-1), *v.split(widths[2:], dim=-1)]
         out = self.attention.attend(a_q, b_q, *factors, start, padding)
         return self.attention.out_proj(out.flatten(2)), None
 
     def _padding(self, mask, batch_size: int, start: int, T: int) -> Tensor:
         """Tokens of left padding in each row (B,), from a mask (B or 1, 1, T, M), True or 0 where a key is seen."""
-        if not isinstance(mask, Tensor) or mask.ndim != 4:
-            axes = f"{mask.ndim} axes" if isinstance(mask, Tensor) else "blocks"
+        if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1] != 1:
+            axes = f"axes {tuple(mask.shape)}" if isinstance(mask, Tensor) else "blocks"
             raise ValueError(
                 f"attention_mask with {axes}: needed is one of shape (B, 1, T, M); load the model with "
                 'attn_implementation="sdpa", or call model.set_attn_implementation("sdpa")'
             )
         mask = mask[:, 0, :, : start + T]
+        self._refuse_window(mask.shape[-1], start + T)
         seen = (mask if mask.dtype == torch.bool else mask == 0).expand(batch_size, -1, -1)
         padding = (seen[:, -1].cumsum(-1) == 0).sum(-1)  # before the first that the last token sees
-        if self.layer_idx == 0:  # the same for all layers
+        if self.checks:
+            if mask.dtype != torch.bool and ((mask != 0) & (mask > -1e3)).any():
+                raise ValueError("attention_mask that adds to the scores, as ALiBi does: only 0 and -inf are honoured")
             positions = torch.arange(start + T, device=mask.device)
             tokens = seen[:, :, start:].diagonal(dim1=1, dim2=2).unsqueeze(-1)  # padding does not see itself
             if (tokens & (seen == unseen(positions, positions[start:], padding))).any():
@@ -357,6 +439,14 @@ class LlamaSelfAttention(nn.Module):
                     "each text a row of its own, padded on the left"
                 )
         return padding
+
+    def _refuse_window(self, there: int, needed: int) -> None:
+        """A cache with a window forgets, and its mask is as long."""
+        if there != needed:
+            raise ValueError(
+                f"{there} of {needed} tokens, as with sliding_window: TPA sees all tokens before, which is the same up "
+                "to the window only; keep to shorter texts"
+            )
 
     def _refuse_other_sizes(self, cache, k: Tensor, v: Tensor) -> None:
         """A cache that was set aside for LLaMA's keys and values takes only factors of their sizes."""
@@ -391,13 +481,13 @@ def _as_llama(module: LlamaSelfAttention, state: dict, prefix: str, _) -> None:
 def _from_llama(module: LlamaSelfAttention, state: dict, prefix: str, *_) -> None:
     """The way back, before a state dict is loaded."""
     layer, ours = module.attention, f"{prefix}attention."
-    names = [f"{prefix}{name}.weight" for name in _PROJECTIONS]
+    names = [f"{prefix}{name}.weight" for name in (*_PROJECTIONS, "o_proj")]
     if not all(name in state for name in names):
         return
-    q, k, v = (state.pop(name) for name in names)
+    q, k, v, out = (state.pop(name) for name in names)
     q, k = (_mirror(weight, layer.config.d_head) for weight in (q, k))
     state[f"{ours}factor_proj.weight"] = torch.cat((q, k, v))
-    state[f"{ours}out_proj.weight"] = state.pop(f"{prefix}o_proj.weight")
+    state[f"{ours}out_proj.weight"] = out
     state |= {ours + name: getattr(layer, name).detach() for name in _CONSTANTS}
 
 
@@ -415,6 +505,7 @@ def use_tpa(model):
         attention = _llama_attention(layer.self_attn, config)
         attention.rope = rope
         layer.self_attn = LlamaSelfAttention(attention, i).train(model.training)
+        layer.self_attn.checks = i == 0
         layer.self_attn.register_state_dict_post_hook(_as_llama)  # in a file its weights have LLaMA's names
         layer.self_attn.register_load_state_dict_pre_hook(_from_llama)
     return model
@@ -644,7 +735,7 @@ def describe(model: T6) -> dict:
     description = {
         "model_type": "t6",
         "architectures": ["T6ForCausalLM"],
-        "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
+        "dtype": str(reduce(torch.promote_types, (weight.dtype for weight in model.parameters()))).split(".")[1],
         "sizes": asdict(replace(model.config, **changes)),
         "attention": {"name": name, **{key: getattr(first, key) for key in _ATTENTIONS[name][1]}},
         "llama": model.llama if isinstance(model, LlamaT6) else None,
@@ -655,13 +746,18 @@ def describe(model: T6) -> dict:
     if (type(model), model.norm) != (type(again), again.norm):
         raise ValueError(f"{type(model).__name__}: a class or a norm of its own, which {CONFIG_FILE} cannot describe")
     for i, (block, other) in enumerate(zip(model.blocks, again.blocks)):
-        if different := [key for key, value in _traits(other).items() if _traits(block).get(key) != value]:
+        mine, theirs = _traits(block), _traits(other)
+        if different := [key for key in mine | theirs if mine.get(key) != theirs.get(key)]:
             raise ValueError(
                 f"layer {i} has {', '.join(different)} of its own, but {CONFIG_FILE} describes one kind of layer for "
                 "all: save the model's state_dict, and build it by your own code"
             )
     if _shapes(model) != _shapes(again):
         raise ValueError(f"the model has weights that {CONFIG_FILE} does not describe; merge or remove adapters first")
+    _refuse_foreign(model, again)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    if shared := weights.keys() - dict(model.named_parameters()):
+        raise ValueError(f"{min(shared)} is another weight too, which a file cannot say; give it a copy (.clone())")
     return description
 
 
@@ -708,7 +804,7 @@ def save_pretrained(model: T6, save_directory: str | os.PathLike, **notes) -> No
     if taken := sorted(description.keys() & notes.keys()):
         raise ValueError(f"{', '.join(taken)}: {CONFIG_FILE} has this already; choose another name for the note")
     state = {_PREFIX + name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    text = json.dumps({**description, **notes}, indent=2) + "\n"
+    text = json.dumps({**description, **notes}, indent=2, default=float) + "\n"  # NumPy's numbers are none of JSON's
 
     def write(path):
         path.write_text(text, encoding="utf-8")
@@ -893,6 +989,13 @@ def _ragged(mask: Tensor | None, batch_size: int, start: int, T: int) -> tuple[T
     return (left if left.any() else None), bool(right.any())
 
 
+def _same_padding(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two paddings (B,) are equal; None is none."""
+    if one is None or other is None:
+        return not any(padding.any() for padding in (one, other) if padding is not None)
+    return torch.equal(one, other)
+
+
 def _check_positions(position_ids: Tensor | None, start: int, T: int, padding: Tensor | None, tokens=None) -> None:
     """Raise ValueError unless `position_ids` count the tokens of each row one by one, with its padding or without.
 
@@ -976,7 +1079,9 @@ class _CausalLM:
         return result
 
     def save_pretrained(self, save_directory, **options) -> None:
-        """As PreTrainedModel's, each file whole or not at all."""
+        """As PreTrainedModel's, each file whole or not at all. Weights are one file, which is what is read again."""
+        if other := sorted(options.keys() & {"max_shard_size", "variant"}):
+            raise ValueError(f"{', '.join(other)}: a T6 is saved as one {WEIGHTS_FILE}; leave this out")
         for key, value in describe(self.model).items():
             setattr(self.config, key, value)
         folder = Path(save_directory)
@@ -1019,7 +1124,9 @@ class _CausalLM:
             if right:
                 raise ValueError("attention_mask with padding on the right: pad on the left, or pass use_cache=False")
             past, cache = self._cache(past, B, T, padding)
-            padding = past.layers[0].padding
+            given, padding = padding, past.layers[0].padding
+            if attention_mask is not None and not _same_padding(given, padding):
+                raise ValueError("attention_mask pads other tokens than the calls that filled the cache: repeat theirs")
         _check_positions(position_ids, start, T, padding, tokens)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(self.model.hidden(input_ids, cache, padding)[:, kept])

@@ -183,7 +183,7 @@ class ThirdOrderFactors(TensorProductAttention):
     def __init__(self, config: T6Config, d_b: int | None = None):
         possible = [d for d in range(2, config.d_head + 1, 2) if config.d_head % d == 0]
         d_b = min(possible, key=lambda d: abs(d - config.d_head**0.5)) if d_b is None else d_b
-        if d_b not in possible:
+        if not isinstance(d_b, int) or d_b not in possible:
             raise ValueError(
                 f"d_b={d_b}: must be an even divisor of d_head={config.d_head}, one of {', '.join(map(str, possible))}"
             )
@@ -270,6 +270,6 @@ class PartialRoPE(TensorProductAttention):
     def __init__(self, config: T6Config, rotary_dim: int | None = None):
         super().__init__(config)
         self.rotary_dim = config.d_head // 6 * 2 if rotary_dim is None else rotary_dim
-        if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= config.d_head:
-            raise ValueError(f"rotary_dim={rotary_dim}: must be even and from 0 to d_head={config.d_head}")
+        if type(self.rotary_dim) is not int or self.rotary_dim not in range(0, config.d_head + 1, 2):
+            raise ValueError(f"rotary_dim={rotary_dim!r}: must be an even int from 0 to d_head={config.d_head}")
         self.rope = RotatePart(config.d_head, config.rope_base, self.rotary_dim)

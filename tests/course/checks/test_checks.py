@@ -190,12 +190,12 @@ def confused(true, said):
 # --------------------------------------------------------------------------------------------------- 05: the cache
 
 
-def append(room, length, new, check=True, shapes=slice(None), strict=False, at=0, error=ValueError):
+def append(room, length, new, check=True, shapes=slice(None), strict=False, at=0, error=ValueError, fits=bool):
     end = length + new.shape[2]
     if check and (end >= room.shape[2] if strict else end > room.shape[2]):
         raise error("full")
     place = room[:, :, length + at : end + at]
-    if place.shape[shapes] != new.shape[shapes]:
+    if place.shape[shapes] != new.shape[shapes] or (fits is not bool and fits(place) != fits(new)):
         raise error("shape")
     place.copy_(new[:, :, : place.shape[2]])
     return room[:, :, :end]
@@ -614,6 +614,9 @@ ANSWERS = {  # exercise: (right answers, [(wrong answer, words of its diagnosis)
             (lambda operation, d: False, "nothing commutes"),
             (lambda operation, d: commutes(operation, d, same=torch.equal), "nothing commutes|use torch.allclose"),
             (lambda operation, d: commutes(operation, d, rtol=1e-2), "almost a number"),
+            (lambda operation, d: commutes(operation, d, same=lambda x, y: torch.allclose(x[..., 0], y[..., 0])),
+             "compare all features"),
+            (lambda operation, d: list(range(10**5)), "return True or False"),
             (lambda operation, d: commutes(operation, d, same=lambda x, y: x.shape == y.shape), "everything commutes"),
             (lambda operation, d: not commutes(operation, d), "mixing the ranks"),
             (lambda operation, d: "yes", "return True or False"),
@@ -741,6 +744,12 @@ ANSWERS = {  # exercise: (right answers, [(wrong answer, words of its diagnosis)
             (lambda room, n, new: append(room, n, new, check=False, shapes=slice(0)), "5 cached and 2 new"),
             (lambda room, n, new: append(room, n, new, shapes=slice(0)), "broadcasts silently|PyTorch noticed"),
             (lambda room, n, new: append(room, n, new, shapes=slice(3)), "heads of width 1"),
+            (lambda room, n, new: append(room, n, new, shapes=slice(0), fits=lambda x: x.numel() // x.shape[2]),
+             "heads and sequences exchanged: PyTorch noticed"),
+            (lambda room, n, new: append(room, n, new, shapes=slice(0), fits=lambda x: (
+                x.shape[0], min(x.shape[1], 3), x.shape[3])), "four heads"),
+            (lambda room, n, new: append(room, n, new, shapes=slice(2), fits=lambda x: min(x.shape[3], 4)),
+             "heads of width 8"),
             (lambda room, n, new: append(room, n, new, error=AssertionError), "skipped under python -O"),
             (lambda room, n, new: append(room, n, new, error=RuntimeError), "PyTorch noticed"),
             (write_then_check, "only after writing"),
@@ -971,6 +980,7 @@ ANSWERS = {  # exercise: (right answers, [(wrong answer, words of its diagnosis)
             (lambda h, d, G, t: math.floor(G * d / (h + d)), "`times` is not used"),
             (lambda h, d, G, t: math.floor(G * d * t / (h + d)), "multiplied by `times`"),
             (lambda h, d, G, t: G * d / (t * (h + d)), "no fraction of a rank"),
+            (lambda h, d, G, t: G * d // (h + d) // t, "rounded down twice"),
             (lambda h, d, G, t: 7, "and it is"),
         ],
     ),
@@ -1083,6 +1093,9 @@ ANSWERS = {  # exercise: (right answers, [(wrong answer, words of its diagnosis)
             (lambda W, g: W * g**2, "twice"),
             (lambda W, g: W @ g, "return a matrix"),
             (lambda W, g: W * g.flip(0), "for an x of your choice"),
+            (lambda W, g: W * g.abs(), "its sign belongs to it"),
+            (lambda W, g: W * g.clamp(min=0.5), "for an x of your choice"),
+            (lambda W, g: W * g.clamp(max=2), "for an x of your choice"),
             (lambda W, g: W.mul_(g), "in place"),
         ],
     ),
@@ -1136,6 +1149,18 @@ def singles(x):
     return torch.tensor(x, dtype=torch.float32 if isinstance(x, float) else None) if type(x) in (int, float) else x
 
 
+def rarer(x):
+    """The same answer in types that torch does not take as they are, and lists of rows for tensors."""
+    if isinstance(x, (tuple, list)):
+        return [rarer(part) for part in x]
+    if isinstance(x, torch.Tensor):
+        rows = x.detach().numpy()
+        return [*rows.astype(rows.dtype.newbyteorder(">"))[..., ::-1][..., ::-1]] if rows.ndim else rows
+    if type(x) is int and x >= 0:
+        return np.uint64(x)
+    return np.longdouble(x) if type(x) is float else x
+
+
 OF_ONE_TYPE = {"ex03_2", "ex03_3", "ex05_1", "ex05_3", "ex11_2"}  # the type is part of what is asked
 
 
@@ -1145,7 +1170,7 @@ def test_right_answers_are_accepted_in_every_type(exercise, capsys):
     for right in ANSWERS[exercise][0]:
         torch.manual_seed(0)
         assert check(right) == "ok", capsys.readouterr().out
-        for convert in (numpys, singles) if exercise not in OF_ONE_TYPE else ():
+        for convert in (numpys, singles, rarer) if exercise not in OF_ONE_TYPE else ():
             converted = lambda *args, right=right, convert=convert: convert(right(*args))  # noqa: E731
             assert check(converted) == "ok", (convert.__name__, capsys.readouterr().out)
 

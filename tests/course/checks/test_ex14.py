@@ -91,6 +91,7 @@ def ceil(x, s):
         (lambda p, ns, s: p // s + sum((p + n) // s - p // s for n in ns), "a page begun"),
         (lambda p, ns, s: ceil(p + sum(ns), s), "do not share pages with each other"),
         (lambda p, ns, s: s * by_cases(p, ns, s), "these are positions"),
+        (lambda p, ns, s: ceil(p, s) + sum(ceil(n, s) + (0 < s - p % s < n % s) for n in ns), "writes on in the"),
         (lambda p, ns, s: by_cases(p, ns, s) / 4, "expected a whole number"),
         (lambda p, ns, s: [1], "expected a number"),
         (lambda p, ns, s: 7, "and it is"),
@@ -148,6 +149,7 @@ def equal(p, s):
         (count, "the number of right proposals"),
         (lambda p, s: by_loop(p, s)[-1], "return a list"),
         (lambda p, s: [0], "and one more"),
+        (lambda p, s: by_loop(p[:4], s), "one token more is for free"),
     ],
 )
 def test_wrong_acceptances_are_told_apart(wrong, said, capsys):

@@ -1,5 +1,7 @@
 """What all checkers have in common: three states, agreement up to rounding, and whose fault an error is."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,13 @@ def doubled(attempt):
         ([[0.1], [0.2]], torch.tensor([[0.1], [0.2]], dtype=torch.float64)),
         (torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([1.0, 2.0], dtype=torch.float64)),
         (10**30, 10**30),
+        (np.uint64(3), 3),
+        (np.longdouble(3), 3),
+        (np.array([3, 4], dtype=np.uint64), (3, 4)),
+        (np.array([0.2, 0.1])[::-1], torch.tensor([0.1, 0.2], dtype=torch.float64)),
+        (np.array([1, 2], dtype=">i4"), torch.tensor([1, 2])),
+        ([np.array([1.0, 2.0]), torch.tensor([3.0, 4.0])], torch.tensor([[1.0, 2.0], [3.0, 4.0]])),
+        ([0.1, 0.2], torch.tensor([0.1, 0.2])),
         ({"a": np.int64(1)}, {"a": 1}),
     ],
 )
@@ -92,6 +101,7 @@ def helper():
         (lambda x: x[7], "your code raised IndexError"),
         (lambda x: 2 * x[:2], "expected shape (3,), not (2,)"),
         (lambda x: 2 * x / 0, "contains nan or inf"),
+        (lambda x: sys.exit(), "your code raised SystemExit"),
         (lambda x: helper(), "[todo]"),
         (not_implemented_in_torch, "[fail] doubled: your code raised NotImplementedError"),
         (not_implemented_in_cpp, "[fail] doubled: your code raised NotImplementedError"),

@@ -4,13 +4,14 @@ import math
 
 import torch
 
-from tpa_minimal.course.checks.judging import WrongAnswer, exercise, judge, judge_names, normal
+from tpa_minimal.course.checks.judging import WrongAnswer, describe, exercise, judge, judge_names, normal
 from tpa_minimal.tpa import apply_rope, assemble, rope_tables
 
 
 def operations(d_head: int, seed: int) -> dict:
     """What may be done to the rows of b_k: name -> (operation, whether it commutes with RoPE, why)."""
     left, right, row, gain = normal(3, 3, seed=seed), normal(d_head, d_head, seed=seed), *normal(2, d_head, seed=seed)
+    last = torch.ones_like(row).index_fill(0, torch.tensor(d_head - 1), 2.0)
     planes, half = gain[: d_head // 2].repeat(2), d_head // 2
     return {
         "mixing the ranks": (lambda x: left @ x, True, "it acts from the left, on rows, and RoPE from the right"),
@@ -21,6 +22,8 @@ def operations(d_head: int, seed: int) -> dict:
         "unit length": (lambda x: x / x.norm(dim=-1, keepdim=True), True, "a rotation keeps every length"),
         "adding a row": (lambda x: x + row, False, "the row is rotated in one order and not in the other"),
         "multiplying by a number": (lambda x: 1.7 * x, True, "a number commutes with every matrix"),
+        "a gain for one feature": (lambda x: x * last, False,
+            "it spares all planes but the last, which is no longer turned as a whole; compare all features"),
         "exchanging the halves": (lambda x: x.roll(half, -1), False, "a mirrored plane rotates the other way"),
         "a quarter turn": (lambda x: torch.cat((x[..., half:], -x[..., :half]), -1), True,
             "rotations of one plane commute with each other"),
@@ -37,7 +40,7 @@ def ex03_1(attempt):
     given = [attempt(operation, d) for d, _, (operation, *_) in cases]
     for answer in given:
         if answer not in (True, False):
-            raise WrongAnswer(f"return True or False for every operation, not {answer!r}")
+            raise WrongAnswer(f"return True or False for every operation, not {describe(answer)}")
     truths = [truth for _, _, (_, truth, _) in cases]
     if all(given):
         raise WrongAnswer(

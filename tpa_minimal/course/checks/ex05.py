@@ -48,8 +48,11 @@ def ex05_1(attempt):
         (new[:1], 3, "one sequence for a cache of two"),
         (normal(3, h, 2, d_h), 3, "three sequences for a cache of two"),
         (new[:, :1], 3, "one head for a cache of three"),
+        (normal(B, 4, 2, d_h), 3, "four heads for a cache of three"),
+        (new.transpose(0, 1), 3, "heads and sequences exchanged"),
         (new[..., :1], 3, "heads of width 1 for a cache of width 4"),
         (new[..., :2], 3, "heads of width 2 for a cache of width 4"),
+        (normal(B, h, 2, 8), 3, "heads of width 8 for a cache of width 4"),
     ):
         kept = room.clone()
         try:

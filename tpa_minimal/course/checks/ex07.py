@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from tpa_minimal.course.checks.judging import WrongAnswer, exercise, judge, judge_choices, normal
+from tpa_minimal.course.checks.judging import WrongAnswer, exercise, judge, judge_choices, normal, tensor
 
 
 @exercise
@@ -113,9 +113,9 @@ def ex07_2(attempt):
         otherwise,
     )  # fmt: skip
     many = 3 * normal(4, 50, seed=1).float()
-    if (attempt(many, 1.0) == -math.inf).sum() > 4:  # rounding may drop the last token of a row
+    if (tensor(attempt(many, 1.0)) == -math.inf).sum() > 4:  # rounding may drop the last token of a row
         raise WrongAnswer("p = 1 should keep every token")
-    of_equal = (attempt(torch.zeros(1, 4), 0.5) > -math.inf).sum()
+    of_equal = (tensor(attempt(torch.zeros(1, 4), 0.5)) > -math.inf).sum()
     if of_equal == 4:
         raise WrongAnswer(
             "equal tokens: a threshold keeps all of them; keep only as many as are needed (sort and scatter)"

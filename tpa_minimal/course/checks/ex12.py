@@ -55,12 +55,13 @@ def ex12_2(attempt):
     judge(
         attempt,
         lambda weight, gain: weight * gain,
-        [(normal(n, d), normal(d, seed=3).abs() + 0.5) for n, d in ((6, 6), (4, 7), (9, 3))],
+        [(normal(n, d), 3 * normal(d, seed=3)) for n, d in ((6, 6), (4, 7), (9, 3))],
         [
             (lambda W, g: W * g[:, None] if len(W) == len(g) else W.T * g[:, None],
              "you scaled rows, the outputs: the gain multiplies the inputs, one number a column"),
             (lambda W, g: W / g, "the gain has to be multiplied in, not divided out"),
             (lambda W, g: W, "the gain is lost"),
+            (lambda W, g: W * g.abs(), "a gain may be negative, and its sign belongs to it"),
             (lambda W, g: (W * g).T, "the matrix is transposed"),
             (lambda W, g: W @ g, "that is the output for x = (1, 1, ...): return a matrix"),
             (lambda W, g: W + g, "the gain is a factor, not a term"),

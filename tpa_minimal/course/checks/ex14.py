@@ -54,7 +54,8 @@ def ex14_2(attempt):
     judge(
         attempt,
         right,
-        [(32, [5, 20, 16], 16), (40, [3, 8, 9, 30], 16), (7, [1, 1], 4), (3, [2, 1, 9], 8), (0, [5, 16], 16)],
+        [(32, [5, 20, 16], 16), (40, [3, 8, 9, 30], 16), (7, [1, 1], 4), (3, [2, 1, 9], 8), (0, [5, 16], 16),
+         (10, [8, 4, 3], 8)],
         [
             (lambda p, ns, s: sum(up(p + n, s) for n in ns), "nothing is shared here: full pages of the prefix are"),
             (lambda p, ns, s: up(p, s) + sum(up(p + n, s) for n in ns), "full pages of the prefix are kept once"),
@@ -96,6 +97,7 @@ def ex14_3(attempt):
             ([6, 1], [2, 1, 9]),
             ([4, 8, 8, 1], [4, 7, 8, 1, 0]),
             ([], [5]),
+            ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 9, 7]),
         ],
         [
             (lambda p, s: p[: n_right(p, s)],

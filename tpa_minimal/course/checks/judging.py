@@ -12,6 +12,7 @@ import inspect
 import math
 import os
 
+import numpy as np
 import torch
 
 
@@ -22,7 +23,7 @@ class WrongAnswer(Exception):
 class Raised(Exception):
     """The reader's own code raised `error`."""
 
-    def __init__(self, error: Exception):
+    def __init__(self, error: Exception | SystemExit):
         super().__init__(error)
         self.error = error
 
@@ -41,7 +42,7 @@ def guarded(function):
     def call(*args, **kwargs):
         try:
             answer = function(*args, **kwargs)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise Raised(error) from error
         if answer is None:
             raise WrongAnswer("your function returned None: is there a `return`?")
@@ -93,7 +94,11 @@ def exercise(check):
 
 
 def tensor(x) -> torch.Tensor:
-    """A tensor of what may be an array, a list or a number; Python's floats become float64."""
+    """A tensor of what may be an array, a number, or a list of such; Python's floats become float64."""
+    if isinstance(x, (tuple, list)):
+        return torch.stack([tensor(part) for part in x]) if x else torch.zeros(0)
+    if isinstance(x, (np.ndarray, np.generic)):  # torch takes no other byte order, negative stride, or longdouble
+        x = np.array(x, np.float64 if x.dtype == np.longdouble else x.dtype.newbyteorder("="), order="C")
     return torch.as_tensor(x, dtype=None if hasattr(x, "dtype") else torch.float64)
 
 
@@ -119,13 +124,16 @@ def agree(got, expected, scale: float | None = None) -> bool:
             return isinstance(got, str) and got == expected
         expected_tensor = isinstance(expected, torch.Tensor)
         if not expected_tensor and hasattr(got, "item"):
-            dtype, got = torch.as_tensor(got).dtype, got.item()
+            got = tensor(got)
+            dtype, got = got.dtype, got.item()
         else:
             got = tensor(got) if expected_tensor else got
             dtype = getattr(got, "dtype", torch.float64)
         if isinstance(got, bool) != isinstance(expected, bool) or dtype.is_complex:
             return False
         rtol = {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, 0.0)
+        if rtol and getattr(expected, "dtype", None) == torch.float32:
+            rtol = 1e-5
         if not expected_tensor:
             if isinstance(expected, (bool, int)) and scale is None:
                 return got == expected
@@ -225,9 +233,9 @@ def judge_choices(given, key: dict, options=(True, False)) -> None:
         if got is ...:
             raise WrongAnswer(f"{case} is still open")
         if not any(agree(got, option) for option in options):
-            raise WrongAnswer(f"{case}: answer {' or '.join(map(repr, options))}, not {got!r}")
+            raise WrongAnswer(f"{case}: answer {' or '.join(map(repr, options))}, not {describe(got)}")
         if not agree(got, right):
-            raise WrongAnswer(f"{case} is not {got!r}: {reason}")
+            raise WrongAnswer(f"{case} is not {describe(got)}: {reason}")
 
 
 def judge_names(attempt, cases, hints: dict) -> None:
