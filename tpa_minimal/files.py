@@ -39,6 +39,13 @@ def _umask() -> int:
     return mask
 
 
+def check_folder(folder: str | os.PathLike) -> None:
+    """Make a folder if need be. Raises OSError unless files can be made in it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Write `value` as JSON, whole or not at all."""
     text = json.dumps(value, indent=1) + "\n"

@@ -40,7 +40,7 @@ import tyro
 
 from tpa_minimal.course import checks
 from tpa_minimal.course.checks.judging import is_stub
-from tpa_minimal.experiments.options import parse
+from tpa_minimal.experiments.options import finish, parse
 from tpa_minimal.files import FileError, read_json, write_whole
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -752,8 +752,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("grade: needs Linux or macOS, whose processes can be limited; use WSL on Windows")
         book = grade(replace(settings, submissions=settings.submissions.expanduser()))
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+        return finish("python -m tpa_minimal grade", 2, str(error))
     print(book.summary())
     print(f"{len(book.rows)} submissions in {settings.out}")
     return 0

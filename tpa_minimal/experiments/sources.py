@@ -16,13 +16,12 @@ import json
 import os
 import queue
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from tpa_minimal.experiments import lessons
+from tpa_minimal.experiments import lessons, options
 
 HUB_REPOSITORY, HUB_CONFIGURATION = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 KINDS = re.compile(r"\.(parquet|(?:jsonl|txt)(\.(?:gz|bz2|xz|zst|lz4))?)$", re.IGNORECASE)
@@ -48,9 +47,8 @@ class Interrupted(DataError):
 
 
 def say(line: str) -> None:
-    """Print a line, also where the terminal lacks some of its characters."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(f"data: {line}".encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    """Print a line about data."""
+    options.say(f"data: {line}")
 
 
 def short(error: BaseException) -> str:
