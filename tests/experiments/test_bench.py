@@ -181,6 +181,19 @@ def test_a_wrong_value_is_one_line_and_status_2(arguments, word, capsys):
     assert stop.value.code == 2 and word in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("kind", [["prefill"], ["device"]])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "environment", None)
+    monkeypatch.setattr(bench.Check, "run", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as end:
+        bench.main([*kind, "--out", str(tmp_path / "file/folder")])
+    assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    (tmp_path / "device.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        bench.main(["device", "--out", str(tmp_path)])
+
+
 def test_the_device_script_is_rehearsed_and_resumes(tmp_path):
     """Every section runs on tiny sizes, the kernels in the interpreter; a second call does only what is missing."""
     pytest.importorskip("triton", reason="Triton is an extra: pip install triton")

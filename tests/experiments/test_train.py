@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tpa_minimal.baselines import MultiHeadAttention
-from tpa_minimal.experiments import checkpoint, data, generate, metrics, models, settings, train
+from tpa_minimal.experiments import checkpoint, data, generate, metrics, models, processes, settings, train
 from tpa_minimal.experiments.train import SettingError, TrainConfig, TrainError
 from tpa_minimal.tpa import T6, T6Config
 
@@ -253,16 +253,16 @@ def _one_of_two_by_command(rank, options):
 def test_two_processes_that_are_terminated_save_and_end_with_the_same_status(tmp_path):
     options = "--data lessons --tokens 20000 --steps 100000 --batch-size 2 --seq-len 8 --device cpu".split()
     options += ["--out", str(tmp_path / "run"), "--set", "n_layer=1", "--set", "d_model=16"]
-    processes = two_processes(_one_of_two_by_command, (options,), (options,))
+    both = two_processes(_one_of_two_by_command, (options,), (options,))
     for _ in range(600):
         if (tmp_path / "run/metrics.jsonl").exists() and len(metrics.read_metrics(tmp_path / "run")) > 3:
             break
         time.sleep(0.1)
-    for process in processes:
+    for process in both:
         process.terminate()
-    for process in processes:
+    for process in both:
         process.join(60)
-    assert [process.exitcode for process in processes] == [128 + signal.SIGTERM] * 2
+    assert [process.exitcode for process in both] == [128 + signal.SIGTERM] * 2
     step = int(checkpoint.latest_checkpoint(tmp_path / "run").name[11:])
     assert len(metrics.read_metrics(tmp_path / "run")) == step > 3
 
@@ -273,14 +273,14 @@ def test_the_end_of_one_process_is_one_line_of_the_other(killed, tmp_path):
     options = "--data lessons --tokens 20000 --steps 100000 --batch-size 2 --seq-len 8 --device cpu".split()
     options += ["--out", str(tmp_path / "run"), "--set", "n_layer=1", "--set", "d_model=16"]
     each = [(options, str(tmp_path / f"{rank}.txt")) for rank in range(2)]
-    processes = two_processes(_with_its_errors_in_a_file, *each)
+    both = two_processes(_with_its_errors_in_a_file, *each)
     for _ in range(600):
         if (tmp_path / "run/metrics.jsonl").exists() and len(metrics.read_metrics(tmp_path / "run")) > 3:
             break
         time.sleep(0.1)
-    processes[killed].kill()
-    processes[1 - killed].join(60)
-    assert processes[1 - killed].exitcode == 1
+    both[killed].kill()
+    both[1 - killed].join(60)
+    assert both[1 - killed].exitcode == 1
     said = (tmp_path / f"{1 - killed}.txt").read_text()
     assert "Traceback" not in said
     assert re.search(r"train: one of the 2 processes has ended \(.*\); continue with --resume\n\Z", said)
@@ -586,6 +586,10 @@ STATES = {
     "a step beyond the last": lambda state: {**state, "step": 999},
     "no seconds": lambda state: {name: value for name, value in state.items() if name != "seconds"},
     "an unknown setting": lambda state: {**state, "settings": {**state["settings"], "colour": "red"}},
+    "a huge rate": lambda state: {**state, "settings": {**state["settings"], "lr": 10**400}},
+    "endless seconds": lambda state: {**state, "seconds": 10**400},
+    "no preset": lambda state: {**state, "settings": {**state["settings"], "preset": "x"}},
+    "no steps": lambda state: {**state, "step": 8, "settings": {**state["settings"], "batch_size": -1}},
     "a rate as text": lambda state: {**state, "settings": {**state["settings"], "lr": "fast"}},
 }
 
@@ -595,8 +599,9 @@ def test_a_state_that_cannot_be_is_named(change, undisturbed, tmp_path):
     shutil.copytree(undisturbed[0], tmp_path / "run")
     file = tmp_path / "run/checkpoint-00000008/state.json"
     file.write_text(json.dumps(STATES[change](json.loads(file.read_text()))))
-    with pytest.raises(SettingError, match=r"state\.json: cannot be read .*delete this checkpoint's folder"):
-        run(tmp_path / "run", resume=True)
+    for read in (lambda: run(tmp_path / "run", resume=True), lambda: models.load_checkpoint(tmp_path / "run")):
+        with pytest.raises(SettingError, match=r"state\.json: cannot be read .*delete this checkpoint's folder"):
+            read()
 
 
 @pytest.mark.parametrize("line", ["oops", "[1, 2]", '{"tokens": 3}', "\xff", ""])
@@ -619,6 +624,42 @@ def test_other_folders_are_no_checkpoints(undisturbed, tmp_path):
     for name in ("checkpoint-²", "checkpoint-", "checkpoint-9x"):
         (tmp_path / "run" / name).mkdir()
     assert checkpoint.latest_checkpoint(tmp_path / "run").name == "checkpoint-00000008"
+
+
+@pytest.mark.parametrize("value", ["low", None, True, math.nan, 10**400, []])
+@pytest.mark.parametrize("name", ["tokens", "train_loss", "val_loss"])
+def test_metrics_with_what_is_no_number_are_refused(name, value, tmp_path):
+    row = {"step": 0, "tokens": 0, "train_loss": 1.0, "val_loss": 1.0}
+    for rows in ([{**row, name: value}], [row, {**row, "step": 1, name: value}]):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(SettingError, match=f"line {len(rows)}: is not about a step"):
+            metrics.read_metrics(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As nohup has it, so that a run goes on when the terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with processes.StopRequest(processes.SIGNALS) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal == 0
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs named pipes")
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "training.safetensors", "../metrics.jsonl"])
+def test_a_pipe_in_place_of_a_file_is_named(name, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    file = tmp_path / "run/checkpoint-00000008" / name
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises((SettingError, TrainError), match=f"{Path(name).name}.* is no regular file"):
+        run(tmp_path / "run", resume=True)
 
 
 def test_the_checkpoint_of_another_configuration_is_named(undisturbed, tmp_path):
@@ -844,6 +885,7 @@ def test_a_folder_of_the_users_own_is_left_alone(tmp_path):
 
 CRAFTED = {
     "moments of one number": ("training.safetensors", lambda name, x: x.new_zeros(1) if "exp_avg" in name else x),
+    "moments below 0": ("training.safetensors", lambda name, x: -x if "exp_avg_sq" in name else x),
     "whole numbers": ("model.safetensors", lambda name, x: x.long()),
     "not numbers": ("model.safetensors", lambda name, x: x * float("nan")),
 }
@@ -900,6 +942,20 @@ def test_the_command_writes_text(undisturbed, capsys):
     for options in (["no/such"], [str(undisturbed[0]), "--temperature", "nan"]):
         assert generate.main(options) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_weights_whose_logits_are_not_finite_write_nothing(undisturbed, tmp_path, capsys):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    folder = tmp_path / "run/checkpoint-00000008"
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    next(value for name, value in tensors.items() if "attention" in name).fill_(1e30)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    state = json.loads((folder / "state.json").read_text())
+    state["sums"]["model.safetensors"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "state.json").write_text(json.dumps(state))
+    assert generate.main([str(tmp_path / "run")]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "its logits are not finite" in err
 
 
 def test_transformers_opens_a_run(undisturbed):

@@ -205,6 +205,8 @@ def load_training(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint
                     raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, {needs}")
                 if like.is_floating_point() and not value.isfinite().all():
                     raise ValueError(f"{name} holds NaN or infinity")
+                if name.startswith("exp_avg_sq.") and (value < 0).any():
+                    raise ValueError(f"{name} holds a number below 0, of which there is no square root")
                 return value
 
             order = [p for group in optimizer.param_groups for p in group["params"]]

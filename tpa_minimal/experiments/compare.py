@@ -432,7 +432,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(Options, arguments, prog)
     try:
         if options.command == "table":
-            print("\n".join(table(read_rows(options.out))))
+            if not (rows := read_rows(options.out)):
+                raise SettingError(f"--out {options.out}: holds no rows; `compare run` makes them")
+            print("\n".join(table(rows)))
             return 0
         return work(options)
     except (SettingError, data.DataError, ValueError, train.TrainError, OSError) as error:

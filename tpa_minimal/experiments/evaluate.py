@@ -269,9 +269,10 @@ def held_out(subject: Subject, limit: int | None = None, progress: bool = False)
     nats = [-score / T for score, _ in log_likelihoods(subject.model, windows, progress=progress)]  # per token
     letters = sum(len(encoding.decode_bytes([t for t in y if t != encoding.eot_token])) for _, y in windows)
     loss, per_byte = statistics.fmean(nats), len(windows) * T / letters / math.log(2)
+    perplexity = math.exp(loss) if loss < 700 else math.inf
     # Beside each value its derivative by the loss, which turns the loss's standard error into its own.
     result = {"alias": "heldout", "sample_len": len(windows), **_metric("loss", loss, nats)}
-    result |= _metric("perplexity", math.exp(loss), nats, math.exp(loss))
+    result |= _metric("perplexity", perplexity, nats, perplexity)
     return result | _metric("bits_per_byte", loss * per_byte, nats, per_byte)
 
 

@@ -75,5 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         text = generate_text(loaded.model, loaded.tokenizer, c.prompt, c.max_new_tokens, **options)
     except (SettingError, data.DataError, ValueError, OSError) as error:
         return finish(prog, 2, str(error))
+    except RuntimeError as error:  # of drawing from probabilities that are none
+        return finish(prog, 1, f"{c.run}: its logits are not finite ({error}); train it again with a lower --lr")
     print(c.prompt + text)
     return 0

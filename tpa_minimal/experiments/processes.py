@@ -80,8 +80,8 @@ class Processes:
 class StopRequest:
     """Within its `with` block, the signals `numbers` set `.signal` instead of ending the process.
 
-    A second Ctrl-C ends it. A `handler` of your own is called in place of all this. Outside the main thread, where
-    Python allows no handlers, nothing changes.
+    What is ignored stays so, such as SIGHUP under nohup. A second Ctrl-C ends it. A `handler` of your own is called
+    in place of all this. Outside the main thread, where Python allows no handlers, nothing changes.
     """
 
     def __init__(self, numbers: list[int], handler=None):
@@ -97,7 +97,8 @@ class StopRequest:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self.handler) for number in self.numbers}
+            heard = [number for number in self.numbers if signal.getsignal(number) is not signal.SIG_IGN]  # by nohup
+            self.previous = {number: signal.signal(number, self.handler) for number in heard}
         return self
 
     def __exit__(self, *error):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tpa_minimal.experiments import lessons, options
+from tpa_minimal.files import regular
 
 HUB_REPOSITORY, HUB_CONFIGURATION = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 KINDS = re.compile(r"\.(parquet|(?:jsonl|txt)(\.(?:gz|bz2|xz|zst|lz4))?)$", re.IGNORECASE)
@@ -60,7 +61,7 @@ def short(error: BaseException) -> str:
 def sha256(file: str | Path) -> str:
     """The sum of a file's content."""
     digest = hashlib.sha256()
-    with open(file, "rb") as opened:
+    with open(regular(file), "rb") as opened:
         while block := opened.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
@@ -326,6 +327,8 @@ def _thrift(file: BinaryIO, kind: int) -> dict[int, object] | int | None:
         low, shift = file.read(1)[0], 7
         value = low & 127
         while low > 127:
+            if shift > 63:
+                raise ValueError("the header of a page holds a number of more than 64 bits")
             low = file.read(1)[0]
             value, shift = value | (low & 127) << shift, shift + 7
         return value
