@@ -180,6 +180,15 @@ def spoiled(folder: Path) -> dict[str, str]:
     }
 
 
+def test_an_empty_table_is_no_damage_and_a_list_is_no_text(tmp_path):
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "empty.parquet")
+    parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "full.parquet")
+    assert texts(tmp_path, tmp_path) == TEXTS
+    parquet.write_table(pyarrow.table({"text": [["a"], ["b"]]}), tmp_path / "lists.parquet")
+    with pytest.raises(DataError, match="its column text holds list.*, not text"):
+        texts(tmp_path, tmp_path)
+
+
 def test_a_number_without_end_in_the_header_of_a_page_is_refused_at_once(tmp_path):
     """Read to its end, 20 million bits take minutes."""
     path = tmp_path / "a.parquet"

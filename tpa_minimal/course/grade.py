@@ -750,6 +750,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not hasattr(os, "fork"):
             raise ValueError("grade: needs Linux or macOS, whose processes can be limited; use WSL on Windows")
+        for name in ("seconds", "memory_gb", "jobs"):
+            if not 0 < getattr(settings, name) < 10**6:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {getattr(settings, name)}: must be above 0, and below a million")
         book = grade(replace(settings, submissions=settings.submissions.expanduser()))
     except (ValueError, OSError) as error:
         return finish("python -m tpa_minimal grade", 2, str(error))

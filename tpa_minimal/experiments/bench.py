@@ -110,8 +110,9 @@ def settled(settings: Settings) -> Settings:
     """Every None filled in. Raises SystemExit(2) with one line for a value that cannot work."""
     for name, value in asdict(settings).items():
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and not isinstance(number, bool) and number < 1:
-                refuse(f"--{name.replace('_', '-')} {number}: must be 1 or more")
+            most = 1024 if name == "threads" else 2**24
+            if isinstance(number, int) and not isinstance(number, bool) and not 1 <= number <= most:
+                refuse(f"--{name.replace('_', '-')} {str(number)[:40]}: must be 1 or more, and at most {most:,}")
     cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
         refuse("--device cuda: PyTorch finds no CUDA device; use --device cpu")
@@ -623,7 +624,12 @@ def main(arguments: list[str] | None = None) -> int:
     result = {"kind": kind, "environment": environment(settings)}
     result["settings"] = {name: value for name, value in asdict(settings).items() if name not in ("out", "threads")}
     measure = {"decode": decode, "train": train, "prefill": prefill, "latency": latency}[kind]
-    result["rows"] = measure(settings)
+    try:
+        result["rows"] = measure(settings)
+    except RuntimeError as error:
+        if "memory" not in str(error):  # CUDA's and the CPU's allocator agree in this word alone
+            raise
+        return finish("python -m tpa_minimal bench", 1, f"{str(error).splitlines()[0][:200]}; choose smaller sizes")
     write_json(settings.out / f"bench_{kind}.json", result)
     write_whole(settings.out / f"bench_{kind}.png", lambda path: figure(result).savefig(path, dpi=120, format="png"))
     print(table(result))

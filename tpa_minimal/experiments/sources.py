@@ -280,7 +280,7 @@ def _rows(paths: list[str]) -> Iterator[dict[str, str]]:
 
 
 def _parquet_texts(path: Path) -> Iterator[str]:
-    from pyarrow import parquet
+    from pyarrow import DictionaryType, parquet
 
     with parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as opened:
         names = opened.schema_arrow.names
@@ -288,10 +288,14 @@ def _parquet_texts(path: Path) -> Iterator[str]:
             problem = f"{names.count('text') or 'no'} column{'s' * ('text' in names)} text, only {', '.join(names)}"
             raise DataError(f"{path} has {problem:.120}; rename the one that holds the texts")
         kind = opened.schema_arrow.field("text").type
-        if str(getattr(kind, "value_type", kind)) not in ("string", "large_string", "string_view"):
+        if str(kind.value_type if isinstance(kind, DictionaryType) else kind) not in (
+            "string",
+            "large_string",
+            "string_view",
+        ):
             raise DataError(f"{path}: its column text holds {kind}, not text; write it as strings")
         for group in map(opened.metadata.row_group, range(opened.num_row_groups)):
-            for column in map(group.column, range(group.num_columns)):
+            for column in map(group.column, range(group.num_columns if group.num_rows else 0)):
                 size = max(_page_sizes(path, column), default=0) if column.path_in_schema.split(".")[0] == "text" else 0
                 if size > MOST_BYTES:  # a page is in memory as a whole, whatever is read of it
                     raise DataError(f"{path} holds a page of {size:,} bytes; divide its texts, or write smaller pages")
