@@ -1,8 +1,10 @@
 """Files appear whole or not at all; damaged JSON is one error that names the file."""
 
+import os
+
 import pytest
 
-from tpa_minimal.files import FileError, read_json, read_json_lines, write_json, write_whole
+from tpa_minimal.files import FileError, check_folder, read_json, read_json_lines, write_json, write_whole
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -32,6 +34,24 @@ def test_a_file_that_is_far_too_large_is_not_read(tmp_path):
     path.write_bytes(b" " * 100)
     with pytest.raises(FileError, match="100 bytes where at most 99"):
         read_json(path, limit=99)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs named pipes")
+def test_what_may_never_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    for read in (read_json, read_json_lines):
+        for path in (tmp_path / "pipe.json", tmp_path, "/dev/zero"):
+            with pytest.raises(OSError, match="is no regular file"):
+                read(path)
+
+
+def test_a_folder_is_made_or_refused(tmp_path):
+    check_folder(tmp_path / "new/one")
+    assert list((tmp_path / "new/one").iterdir()) == []
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/folder", tmp_path / ("a" * 300)):
+        with pytest.raises(OSError):
+            check_folder(folder)
 
 
 def test_json_lines_leave_out_what_a_kill_cut_off(tmp_path):

@@ -5,6 +5,9 @@ import io
 import os
 import sys
 
+from tpa_minimal.experiments.options import finish, silence
+
+PROG = "python -m tpa_minimal"
 # COMMAND: "module:function", imported when it is asked for; the function takes the arguments and returns a status.
 COMMANDS = {
     "train": "tpa_minimal.experiments.train:main",
@@ -19,24 +22,36 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit status, 2 for a command that does not exist."""
+    status = 0
     try:
-        return _run(sys.argv[1:] if arguments is None else list(arguments))
+        try:
+            status = _run(sys.argv[1:] if arguments is None else list(arguments))
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has what they wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+        silence()
+    except OSError as error:  # of printing, or of a path at which no command has looked
+        silence()
+        return finish(PROG, 1, str(error))
+    except KeyboardInterrupt:
+        return finish(PROG, 130, "interrupted")
+    return status
 
 
 def _run(arguments: list[str]) -> int:
-    if sys.stdout is None or sys.stdout.closed or not _writable(sys.stdout):
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, for the rest of the process
-    usage = f"python -m tpa_minimal COMMAND ...: choose one of {', '.join(COMMANDS)}; COMMAND --help lists its options"
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed or not _writable(stream):
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, for the rest of the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack some letters
+    usage = f"{PROG} COMMAND ...: choose one of {', '.join(COMMANDS)}; COMMAND --help lists its options"
     if arguments[:1] in (["-h"], ["--help"]):
         print(usage)
         return 0
     if not arguments or arguments[0] not in COMMANDS:
         named = f"{arguments[0]}: there is no such command; " if arguments else ""
-        print(f"{named}{usage}", file=sys.stderr)
-        return 2
+        return finish(PROG, 2, f"{named}{usage}")
     module, _, function = COMMANDS[arguments[0]].partition(":")
     return getattr(importlib.import_module(module), function)(arguments[1:])
 

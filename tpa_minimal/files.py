@@ -39,6 +39,20 @@ def _umask() -> int:
     return mask
 
 
+def regular(path: str | os.PathLike) -> Path:
+    """The path. Raises OSError for a folder, and for a pipe or a device, of which reading may never end."""
+    if (path := Path(path)).exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file")
+    return path
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Make a folder if need be. Raises OSError unless files can be made in it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Write `value` as JSON, whole or not at all."""
     text = json.dumps(value, indent=1) + "\n"
@@ -50,7 +64,7 @@ def read_json(path: str | os.PathLike, limit: int = 2**26) -> object:
 
     Raises FileError for what is larger, not UTF-8, not JSON, or nested too deep, and OSError if it cannot be read.
     """
-    size = os.stat(path).st_size
+    size = regular(path).stat().st_size
     if size > limit:
         raise FileError(f"{path}: has {size:,} bytes where at most {limit:,} make sense")
     return _parsed(Path(path).read_bytes(), str(path))
@@ -63,7 +77,7 @@ def read_json_lines(path: str | os.PathLike) -> list[dict]:
     not an object.
     """
     path = Path(path)
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = regular(path).read_bytes().split(b"\n") if path.exists() else []
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         if not line.strip():

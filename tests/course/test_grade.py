@@ -210,6 +210,13 @@ def test_the_summary_counts_each_exercise_and_shows_what_was_misunderstood(tmp_p
         assert [row["student"] for row in csv.DictReader(file)] == ["ada", "bob", "eve", "max"]
 
 
+@pytest.mark.parametrize("option", ["--seconds=0", "--seconds=nan", "--memory-gb=inf", "--jobs=-1"])
+def test_a_limit_that_cannot_be_is_one_line(option, tmp_path, capsys):
+    assert main([str(tmp_path), option]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and option.partition("=")[0] in err
+
+
 def test_what_cannot_be_marked_is_refused_in_one_line(tmp_path, ours, capsys):
     (tmp_path / "class" / "ada").mkdir(parents=True)
     submissions = str(tmp_path / "class")

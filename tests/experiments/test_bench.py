@@ -167,6 +167,8 @@ def test_a_share_of_bandwidth_is_bytes_over_time():
         (["train", "--batch-size", "0"], "--batch-size 0: must be 1 or more"),
         (["prefill", "--lengths", "8", "0"], "--lengths 0: must be 1 or more"),
         (["latency", "--contexts", "0"], "--contexts 0: must be 1 or more"),
+        (["prefill", "--n-head", "9" * 400], f"--n-head {'9' * 40}: must be 1 or more, and at most 16,777,216"),
+        (["decode", "--threads", "1025"], "at most 1,024"),
         (["decode", "--d-head", "7"], "d_head=7"),
         (["train", "--preset", "huge"], "huge"),
         (["decode", "--device", "cuda"], "use --device cpu"),
@@ -179,6 +181,30 @@ def test_a_wrong_value_is_one_line_and_status_2(arguments, word, capsys):
         bench.main(arguments)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and word in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", [["prefill"], ["device"]])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "environment", None)
+    monkeypatch.setattr(bench.Check, "run", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as end:
+        bench.main([*kind, "--out", str(tmp_path / "file/folder")])
+    assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    (tmp_path / "device.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        bench.main(["device", "--out", str(tmp_path)])
+
+
+def test_what_does_not_fit_into_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    def prefill(settings):
+        return torch.empty(2**60)
+
+    monkeypatch.setattr(bench, "prefill", prefill)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1.0)
+    assert bench.main(["prefill", "--out", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "choose smaller sizes" in err and not list(tmp_path.iterdir())
 
 
 def test_the_device_script_is_rehearsed_and_resumes(tmp_path):

@@ -180,6 +180,28 @@ def spoiled(folder: Path) -> dict[str, str]:
     }
 
 
+def test_an_empty_table_is_no_damage_and_a_list_is_no_text(tmp_path):
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "empty.parquet")
+    parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "full.parquet")
+    assert texts(tmp_path, tmp_path) == TEXTS
+    parquet.write_table(pyarrow.table({"text": [["a"], ["b"]]}), tmp_path / "lists.parquet")
+    with pytest.raises(DataError, match="its column text holds list.*, not text"):
+        texts(tmp_path, tmp_path)
+
+
+def test_a_number_without_end_in_the_header_of_a_page_is_refused_at_once(tmp_path):
+    """Read to its end, 20 million bits take minutes."""
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["x" * 40] * 100_000})
+    parquet.write_table(table, path, compression=None, use_dictionary=False, data_page_size=10**9)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\x15" + b"\xff" * 3_000_000 + content[3_000_005:])
+    start = time.monotonic()
+    with pytest.raises(DataError, match="header of a page is damaged"):
+        texts(path, tmp_path / "scraps")
+    assert time.monotonic() - start < 20
+
+
 def test_what_is_wrong_is_said_in_one_line(tmp_path):
     for name, message in spoiled(tmp_path).items():
         with pytest.raises(DataError, match=message) as error:

@@ -1,6 +1,8 @@
 """Training: the recipe, what a run writes, and that nothing but a wrong value can stop it from being continued."""
 
+import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tpa_minimal.baselines import MultiHeadAttention
-from tpa_minimal.experiments import checkpoint, data, generate, metrics, models, settings, train
+from tpa_minimal.experiments import checkpoint, data, generate, metrics, models, processes, settings, train
 from tpa_minimal.experiments.train import SettingError, TrainConfig, TrainError
 from tpa_minimal.tpa import T6, T6Config
 
@@ -177,10 +179,10 @@ def test_accumulation_changes_nothing_but_rounding(undisturbed, tmp_path):
 
 def test_a_batch_is_computed_in_as_many_parts_as_memory_needs():
     big = replace(MICRO, batch_size=480, seq_len=1024)
-    assert train.accumulation(big, 1, 50304) == 48  # 10 sequences of 1,024 tokens make 2^29 logits
-    assert train.accumulation(big, 8, 50304) == 6
-    assert train.accumulation(MICRO, 1, 1024) == 1
-    assert train.accumulation(replace(MICRO, batch_size=3, seq_len=8192), 1, 2**17) == 3
+    assert settings.accumulation(big, 1, 50304) == 48  # 10 sequences of 1,024 tokens make 2^29 logits
+    assert settings.accumulation(big, 8, 50304) == 6
+    assert settings.accumulation(MICRO, 1, 1024) == 1
+    assert settings.accumulation(replace(MICRO, batch_size=3, seq_len=8192), 1, 2**17) == 3
 
 
 def _one_of_two(rank, config):
@@ -206,6 +208,42 @@ def test_two_processes_give_the_losses_of_one(undisturbed, tmp_path):
         assert row == pytest.approx(expected, rel=1e-5)
 
 
+def _one_of_two_with_a_small_card(rank, config, said):
+    """Rank 1 has no memory for more than one sequence, from the fourth step on."""
+    plain, steps = train.loss_sum, 0
+
+    def small(model, inputs, targets):
+        if model.training and torch.is_grad_enabled() and rank == 1 and len(inputs) > 1 and steps > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(model, inputs, targets)
+
+    def batch(*arguments):
+        nonlocal steps
+        steps = arguments[2]
+        return of(*arguments)
+
+    of, data.TokenData.batch, train.loss_sum = data.TokenData.batch, batch, small
+    try:
+        _one_of_two(rank, config)
+    except TrainError as error:
+        said.put(str(error))
+
+
+@pytest.mark.parametrize("accumulation", [None, 1])
+def test_all_processes_divide_a_batch_that_does_not_fit_into_one(accumulation, undisturbed, tmp_path):
+    said, config = children.SimpleQueue(), replace(MICRO, out=tmp_path / "two", accumulation=accumulation)
+    for process in two_processes(_one_of_two_with_a_small_card, (config, said), (config, said)):
+        process.join(60)
+        assert process.exitcode == 0
+    rows, expected = metrics.read_metrics(tmp_path / "two"), metrics.read_metrics(undisturbed[0])
+    if accumulation:
+        assert all("memory does not suffice for a batch in 1 parts" in said.get() for _ in range(2)) and len(rows) == 4
+    else:
+        assert said.empty() and len(rows) == len(expected)
+    for row, of_one in zip(rows, expected):
+        assert row == pytest.approx(of_one, rel=1e-5)
+
+
 def _one_of_two_by_command(rank, options):
     os.environ["RANK"] = str(rank)
     sys.exit(train.main(options))
@@ -215,18 +253,42 @@ def _one_of_two_by_command(rank, options):
 def test_two_processes_that_are_terminated_save_and_end_with_the_same_status(tmp_path):
     options = "--data lessons --tokens 20000 --steps 100000 --batch-size 2 --seq-len 8 --device cpu".split()
     options += ["--out", str(tmp_path / "run"), "--set", "n_layer=1", "--set", "d_model=16"]
-    processes = two_processes(_one_of_two_by_command, (options,), (options,))
+    both = two_processes(_one_of_two_by_command, (options,), (options,))
     for _ in range(600):
         if (tmp_path / "run/metrics.jsonl").exists() and len(metrics.read_metrics(tmp_path / "run")) > 3:
             break
         time.sleep(0.1)
-    for process in processes:
+    for process in both:
         process.terminate()
-    for process in processes:
+    for process in both:
         process.join(60)
-    assert [process.exitcode for process in processes] == [128 + signal.SIGTERM] * 2
+    assert [process.exitcode for process in both] == [128 + signal.SIGTERM] * 2
     step = int(checkpoint.latest_checkpoint(tmp_path / "run").name[11:])
     assert len(metrics.read_metrics(tmp_path / "run")) == step > 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+@pytest.mark.parametrize("killed", [0, 1])
+def test_the_end_of_one_process_is_one_line_of_the_other(killed, tmp_path):
+    options = "--data lessons --tokens 20000 --steps 100000 --batch-size 2 --seq-len 8 --device cpu".split()
+    options += ["--out", str(tmp_path / "run"), "--set", "n_layer=1", "--set", "d_model=16"]
+    each = [(options, str(tmp_path / f"{rank}.txt")) for rank in range(2)]
+    both = two_processes(_with_its_errors_in_a_file, *each)
+    for _ in range(600):
+        if (tmp_path / "run/metrics.jsonl").exists() and len(metrics.read_metrics(tmp_path / "run")) > 3:
+            break
+        time.sleep(0.1)
+    both[killed].kill()
+    both[1 - killed].join(60)
+    assert both[1 - killed].exitcode == 1
+    said = (tmp_path / f"{1 - killed}.txt").read_text()
+    assert "Traceback" not in said
+    assert re.search(r"train: one of the 2 processes has ended \(.*\); continue with --resume\n\Z", said)
+
+
+def _with_its_errors_in_a_file(rank, options, file):
+    with open(file, "w") as errors, contextlib.redirect_stderr(errors):
+        _one_of_two_by_command(rank, options)
 
 
 def _refused(rank, config, said):
@@ -499,7 +561,7 @@ def test_a_checkpoint_gives_back_the_model_and_executes_nothing(undisturbed):
     assert {path.suffix for path in (out / "checkpoint-00000008").iterdir()} == {".safetensors", ".json"}
     loaded = models.load_checkpoint(out)
     assert loaded.step == 8 and loaded.settings.preset == "tiny" and loaded.tokenizer.name == "lessons"
-    again = run(out, resume=True)
+    again = run(out, resume=True, dtype="float16", steps=60)
     tokens = torch.arange(12).view(1, -1)
     assert torch.equal(loaded.model(tokens), again.model(tokens))
     same = models.load_checkpoint(out / "checkpoint-00000008")
@@ -524,6 +586,10 @@ STATES = {
     "a step beyond the last": lambda state: {**state, "step": 999},
     "no seconds": lambda state: {name: value for name, value in state.items() if name != "seconds"},
     "an unknown setting": lambda state: {**state, "settings": {**state["settings"], "colour": "red"}},
+    "a huge rate": lambda state: {**state, "settings": {**state["settings"], "lr": 10**400}},
+    "endless seconds": lambda state: {**state, "seconds": 10**400},
+    "no preset": lambda state: {**state, "settings": {**state["settings"], "preset": "x"}},
+    "no steps": lambda state: {**state, "step": 8, "settings": {**state["settings"], "batch_size": -1}},
     "a rate as text": lambda state: {**state, "settings": {**state["settings"], "lr": "fast"}},
 }
 
@@ -533,8 +599,9 @@ def test_a_state_that_cannot_be_is_named(change, undisturbed, tmp_path):
     shutil.copytree(undisturbed[0], tmp_path / "run")
     file = tmp_path / "run/checkpoint-00000008/state.json"
     file.write_text(json.dumps(STATES[change](json.loads(file.read_text()))))
-    with pytest.raises(SettingError, match=r"state\.json: cannot be read .*delete this checkpoint's folder"):
-        run(tmp_path / "run", resume=True)
+    for read in (lambda: run(tmp_path / "run", resume=True), lambda: models.load_checkpoint(tmp_path / "run")):
+        with pytest.raises(SettingError, match=r"state\.json: cannot be read .*delete this checkpoint's folder"):
+            read()
 
 
 @pytest.mark.parametrize("line", ["oops", "[1, 2]", '{"tokens": 3}', "\xff", ""])
@@ -557,6 +624,42 @@ def test_other_folders_are_no_checkpoints(undisturbed, tmp_path):
     for name in ("checkpoint-²", "checkpoint-", "checkpoint-9x"):
         (tmp_path / "run" / name).mkdir()
     assert checkpoint.latest_checkpoint(tmp_path / "run").name == "checkpoint-00000008"
+
+
+@pytest.mark.parametrize("value", ["low", None, True, math.nan, 10**400, []])
+@pytest.mark.parametrize("name", ["tokens", "train_loss", "val_loss"])
+def test_metrics_with_what_is_no_number_are_refused(name, value, tmp_path):
+    row = {"step": 0, "tokens": 0, "train_loss": 1.0, "val_loss": 1.0}
+    for rows in ([{**row, name: value}], [row, {**row, "step": 1, name: value}]):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(SettingError, match=f"line {len(rows)}: is not about a step"):
+            metrics.read_metrics(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As nohup has it, so that a run goes on when the terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with processes.StopRequest(processes.SIGNALS) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal == 0
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs named pipes")
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "training.safetensors", "../metrics.jsonl"])
+def test_a_pipe_in_place_of_a_file_is_named(name, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    file = tmp_path / "run/checkpoint-00000008" / name
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises((SettingError, TrainError), match=f"{Path(name).name}.* is no regular file"):
+        run(tmp_path / "run", resume=True)
 
 
 def test_the_checkpoint_of_another_configuration_is_named(undisturbed, tmp_path):
@@ -782,6 +885,7 @@ def test_a_folder_of_the_users_own_is_left_alone(tmp_path):
 
 CRAFTED = {
     "moments of one number": ("training.safetensors", lambda name, x: x.new_zeros(1) if "exp_avg" in name else x),
+    "moments below 0": ("training.safetensors", lambda name, x: -x if "exp_avg_sq" in name else x),
     "whole numbers": ("model.safetensors", lambda name, x: x.long()),
     "not numbers": ("model.safetensors", lambda name, x: x * float("nan")),
 }
@@ -840,6 +944,20 @@ def test_the_command_writes_text(undisturbed, capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_weights_whose_logits_are_not_finite_write_nothing(undisturbed, tmp_path, capsys):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    folder = tmp_path / "run/checkpoint-00000008"
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    next(value for name, value in tensors.items() if "attention" in name).fill_(1e30)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    state = json.loads((folder / "state.json").read_text())
+    state["sums"]["model.safetensors"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "state.json").write_text(json.dumps(state))
+    assert generate.main([str(tmp_path / "run")]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "its logits are not finite" in err
+
+
 def test_transformers_opens_a_run(undisturbed):
     transformers = pytest.importorskip("transformers")
     import tpa_minimal.huggingface  # noqa: F401, registers T6
@@ -874,7 +992,7 @@ def test_a_batch_that_does_not_fit_is_computed_in_more_parts(undisturbed, tmp_pa
     losses = [row["train_loss"] for row in result.metrics]
     expected = [json.loads(line)["train_loss"] for line in undisturbed[1].splitlines()]
     assert losses == pytest.approx(expected, rel=1e-4) and set(largest) == {1}
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(TrainError, match="memory does not suffice for a batch in 2 parts: choose a smaller --batch-si"):
         run(tmp_path / "other", accumulation=2)
 
 
@@ -886,3 +1004,34 @@ def test_a_broken_backend_stops_no_run(tmp_path):
                           text=True, env=environment)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/loss.png").exists() or "no loss curve" in done.stderr
+
+
+class Card:
+    """The CPU, taken for a GPU that computes in float16 (as for autocast and the loss scaler the CPU can)."""
+
+    type = "cuda"
+
+    def __str__(self):
+        return "cpu"
+
+
+def test_float16s_loss_scale_survives_an_interruption(tmp_path, monkeypatch):
+    """It starts so high that the first steps overflow: resumed without it, these updates would be left out again."""
+    monkeypatch.setattr(settings, "find_device", lambda name: Card())
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**40, growth_interval=3)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    whole = run(tmp_path / "whole", dtype="float16", steps=60)
+    out = stopped_after(40, tmp_path / "run", monkeypatch, dtype="float16", steps=60)
+    state = json.loads((checkpoint.latest_checkpoint(out) / "state.json").read_text())
+    assert 0 < state["updates"] < state["step"] == 40 and state["scaler"]["scale"] < 2.0**40
+    for wrong in ({}, {"scale": "1"}, {**state["scaler"], "scale": 0.0}, {**state["scaler"], "_growth_tracker": -1}):
+        path = checkpoint.latest_checkpoint(out) / "state.json"
+        text = path.read_text()
+        path.write_text(json.dumps({**state, "scaler": wrong}))
+        with pytest.raises(SettingError, match=r"state\.json: cannot be read \(scaler is"):
+            run(out, resume=True, dtype="float16", steps=60)
+        path.write_text(text)
+    again = run(out, resume=True, dtype="float16", steps=60)
+    assert again.metrics == whole.metrics
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value)

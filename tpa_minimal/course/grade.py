@@ -40,7 +40,7 @@ import tyro
 
 from tpa_minimal.course import checks
 from tpa_minimal.course.checks.judging import is_stub
-from tpa_minimal.experiments.options import parse
+from tpa_minimal.experiments.options import finish, parse
 from tpa_minimal.files import FileError, read_json, write_whole
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -750,10 +750,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not hasattr(os, "fork"):
             raise ValueError("grade: needs Linux or macOS, whose processes can be limited; use WSL on Windows")
+        for name in ("seconds", "memory_gb", "jobs"):
+            if not 0 < getattr(settings, name) < 10**6:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {getattr(settings, name)}: must be above 0, and below a million")
         book = grade(replace(settings, submissions=settings.submissions.expanduser()))
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+        return finish("python -m tpa_minimal grade", 2, str(error))
     print(book.summary())
     print(f"{len(book.rows)} submissions in {settings.out}")
     return 0

@@ -20,7 +20,7 @@ from typing import Annotated
 import tyro
 
 from tpa_minimal.course.grade import CALL
-from tpa_minimal.experiments.options import parse
+from tpa_minimal.experiments.options import finish, parse
 from tpa_minimal.files import read_json
 
 LINK = re.compile(r"(?<!!)\[([^\]\[]+)\]\((?!https?:|mailto:|data:|attachment:)([^)\s]+)\)")
@@ -188,8 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         files = hand_out(settings.folder.expanduser(), settings.nbgrader)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+        return finish("python -m tpa_minimal handout", 2, str(error))
     for path in files:
         print(f"{path.stat().st_size / 1024:>8.0f} KB  {path}")
     return 0

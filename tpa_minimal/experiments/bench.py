@@ -35,8 +35,8 @@ from tpa_minimal.baselines import MultiHeadAttention, MultiHeadLatentAttention
 from tpa_minimal.decode_graph import graphed
 from tpa_minimal.experiments import train as training
 from tpa_minimal.experiments.checkpoint import latest_checkpoint
-from tpa_minimal.experiments.options import parse
-from tpa_minimal.files import read_json, write_json, write_whole
+from tpa_minimal.experiments.options import finish, parse, say
+from tpa_minimal.files import FileError, check_folder, read_json, write_json, write_whole
 from tpa_minimal.tpa import T6, FactorCache, T6Config, TensorProductAttention
 
 RESULTS = Path(__file__).parent / "results"  # what we measured, for the course to show; your own runs go to --out
@@ -110,8 +110,9 @@ def settled(settings: Settings) -> Settings:
     """Every None filled in. Raises SystemExit(2) with one line for a value that cannot work."""
     for name, value in asdict(settings).items():
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and not isinstance(number, bool) and number < 1:
-                refuse(f"--{name.replace('_', '-')} {number}: must be 1 or more")
+            most = 1024 if name == "threads" else 2**24
+            if isinstance(number, int) and not isinstance(number, bool) and not 1 <= number <= most:
+                refuse(f"--{name.replace('_', '-')} {str(number)[:40]}: must be 1 or more, and at most {most:,}")
     cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
         refuse("--device cuda: PyTorch finds no CUDA device; use --device cpu")
@@ -132,8 +133,7 @@ def settled(settings: Settings) -> Settings:
 
 def refuse(message: str):
     """Say what is wrong and leave with status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(finish("python -m tpa_minimal bench", 2, message))
 
 
 def config_of(settings: Settings, max_len: int, ranks=(6, 2, 2)) -> T6Config:
@@ -484,8 +484,9 @@ class Check:
         self.settings, self.begin, self.path = settings, time.monotonic(), settings.out / "device.json"
         self.gpu = torch.cuda.is_available()
         self.device = "cuda" if self.gpu else "cpu"
-        settings.out.mkdir(parents=True, exist_ok=True)
         self.done = read_json(self.path) if self.path.exists() else {}
+        if not isinstance(self.done, dict) or not all(isinstance(found, dict) for found in self.done.values()):
+            raise FileError(f"{self.path}: is there and holds no results of this command")
 
     def left(self) -> float:
         """Seconds."""
@@ -504,7 +505,7 @@ class Check:
                 got = {"error": traceback.format_exc()[-2000:]}
             self.done[name] = {"seconds": round(time.monotonic() - begin, 1), **got}
             write_json(self.path, self.done)
-            print(f"{name}: {str(got)[:1000]}", flush=True)
+            say(f"{name}: {str(got)[:1000]}")
 
     def median_ms(self, function) -> float:
         """Of a function's replays as a graph, the L2 cache being cold."""
@@ -611,17 +612,26 @@ def main(arguments: list[str] | None = None) -> int:
     commands = {"decode": Decode, "train": Train, "prefill": Prefill, "latency": Latency, "device": Device}
     kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items()]
     settings = parse(functools.reduce(lambda x, y: x | y, kinds), arguments, "python -m tpa_minimal bench")
-    if isinstance(settings, Device):
-        Check(settings).run()
+    try:
+        check_folder(settings.out)  # before any long work
+        check = Check(settings) if isinstance(settings, Device) else None
+    except (OSError, FileError) as error:
+        refuse(f"--out {settings.out}: {error}; choose another folder, or change its permissions")
+    if check:
+        check.run()
         return 0
     settings, kind = settled(settings), type(settings).__name__.lower()
     result = {"kind": kind, "environment": environment(settings)}
     result["settings"] = {name: value for name, value in asdict(settings).items() if name not in ("out", "threads")}
     measure = {"decode": decode, "train": train, "prefill": prefill, "latency": latency}[kind]
-    result["rows"] = measure(settings)
-    print(table(result))
-    settings.out.mkdir(parents=True, exist_ok=True)
+    try:
+        result["rows"] = measure(settings)
+    except RuntimeError as error:
+        if "memory" not in str(error):  # CUDA's and the CPU's allocator agree in this word alone
+            raise
+        return finish("python -m tpa_minimal bench", 1, f"{str(error).splitlines()[0][:200]}; choose smaller sizes")
     write_json(settings.out / f"bench_{kind}.json", result)
     write_whole(settings.out / f"bench_{kind}.png", lambda path: figure(result).savefig(path, dpi=120, format="png"))
+    print(table(result))
     print(f"wrote bench_{kind}.json and bench_{kind}.png in {settings.out}", file=sys.stderr)
     return 0

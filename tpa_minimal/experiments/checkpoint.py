@@ -8,7 +8,6 @@ and nothing that it says about itself is believed: sums, names, shapes and dtype
 """
 
 import contextlib
-import math
 import os
 import re
 import shutil
@@ -137,7 +136,7 @@ def read_state(checkpoint: Path, check_sums: bool = True) -> dict:
                 raise ValueError(f"{name} is {str(state.get(name))[:80]}")
         if f"checkpoint-{state['step']:08d}" != checkpoint.name:
             raise ValueError(f"step {state['step']} is not the folder's")
-        if not 0 <= state["updates"] <= state["step"] or not 0 <= state["seconds"] < math.inf:
+        if not 0 <= state["updates"] <= state["step"] or not 0 <= state["seconds"] < 1e300:
             raise ValueError(f"updates {state['updates']}, seconds {state['seconds']}")
     except (OSError, FileError, ValueError) as error:
         raise unreadable(checkpoint / STATE, error) from error
@@ -206,6 +205,8 @@ def load_training(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint
                     raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, {needs}")
                 if like.is_floating_point() and not value.isfinite().all():
                     raise ValueError(f"{name} holds NaN or infinity")
+                if name.startswith("exp_avg_sq.") and (value < 0).any():
+                    raise ValueError(f"{name} holds a number below 0, of which there is no square root")
                 return value
 
             order = [p for group in optimizer.param_groups for p in group["params"]]

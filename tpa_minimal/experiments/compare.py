@@ -44,14 +44,13 @@ from tpa_minimal.experiments import bench, data, generate, recall, train
 from tpa_minimal.experiments.checkpoint import (
     SettingError,
     latest_checkpoint,
-    load_training,
     load_weights,
     read_state,
     save_checkpoint,
 )
 from tpa_minimal.experiments.contrasts import FIXED, SHARED, TUNING, Point, table
 from tpa_minimal.experiments.models import new_model
-from tpa_minimal.experiments.options import finish, parse
+from tpa_minimal.experiments.options import finish, parse, say
 from tpa_minimal.experiments.processes import SIGNALS, Processes, StopRequest, locked
 from tpa_minimal.experiments.report import duration
 from tpa_minimal.experiments.settings import DEFAULTS, TrainConfig, check_values, find_device, natural_dtype
@@ -352,7 +351,7 @@ def run(cell: Cell, options: "Options", task, seed: int, lr: float, folder: Path
     model = load_weights(build, base.n_layer, checkpoint) if checkpoint else build()
     trainer = train.Trainer(settings, Processes(device), task, model.to(device))
     if checkpoint:
-        load_training(model, trainer.optimizer, checkpoint, state["updates"])
+        trainer.restore(checkpoint, state)
     try:
         train_on(trainer, state, folder)
     except train.DivergedError as error:
@@ -393,13 +392,14 @@ def train_on(trainer: train.Trainer, state: dict, folder: Path) -> None:
                 point = Point(state["step"], state["seconds"], quick["val_loss"], quick.get("recall_accuracy", 0.0))
                 history.append([round(value, 4) for value in point])
             if stop.signal or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-                save_checkpoint(folder, trainer.model, trainer.optimizer, {**_EMPTY, **state})
+                known = {**_EMPTY, **state, "scaler": trainer.scaler.state_dict()}
+                save_checkpoint(folder, trainer.model, trainer.optimizer, known)
                 saved_at = time.monotonic()
             if stop.signal:
                 raise Stopped(stop.signal)
 
 
-_EMPTY = {"vocab_size": 0, "tokenizer": "none", "sha256": {}, "scaler": {}}  # of a checkpoint, for us without use
+_EMPTY = {"vocab_size": 0, "tokenizer": "none", "sha256": {}}  # of a checkpoint, for us without use
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -432,7 +432,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(Options, arguments, prog)
     try:
         if options.command == "table":
-            print("\n".join(table(read_rows(options.out))))
+            if not (rows := read_rows(options.out)):
+                raise SettingError(f"--out {options.out}: holds no rows; `compare run` makes them")
+            print("\n".join(table(rows)))
             return 0
         return work(options)
     except (SettingError, data.DataError, ValueError, train.TrainError, OSError) as error:
@@ -494,12 +496,12 @@ def work(options: Options) -> int:
                 if identity(what) not in map(identity, read_rows(options.out)):
                     ready = f"{len(rows)} runs done, {left} or more left"
                     ready += f", about {duration(spent)}" if rows else ""
-                    print(f"{name}, seed {seed}, learning rate {lr:g}; {ready}", flush=True)
+                    say(f"{name}, seed {seed}, learning rate {lr:g}; {ready}")
                     started = time.monotonic()
                     try:
                         row = run(chosen[name], options, task, seed, lr, own)
                     except Stopped as stopped:
-                        print("stopped; the same command goes on from here")
+                        say("stopped; the same command goes on from here")
                         return 128 + stopped.args[0]
                     row |= {"wall_seconds": time.monotonic() - started, **about}
                     append_row(options.out, {**what, **row})

@@ -37,7 +37,7 @@ from tpa_minimal.experiments.checkpoint import SettingError, latest_checkpoint
 from tpa_minimal.experiments.models import Loaded, load_checkpoint
 from tpa_minimal.experiments.settings import find_device
 from tpa_minimal.experiments.sources import short
-from tpa_minimal.files import FileError, read_json, write_json, write_whole
+from tpa_minimal.files import FileError, check_folder, read_json, write_json, write_whole
 from tpa_minimal.tpa import T6
 
 PAPER_TASKS = (
@@ -269,9 +269,10 @@ def held_out(subject: Subject, limit: int | None = None, progress: bool = False)
     nats = [-score / T for score, _ in log_likelihoods(subject.model, windows, progress=progress)]  # per token
     letters = sum(len(encoding.decode_bytes([t for t in y if t != encoding.eot_token])) for _, y in windows)
     loss, per_byte = statistics.fmean(nats), len(windows) * T / letters / math.log(2)
+    perplexity = math.exp(loss) if loss < 700 else math.inf
     # Beside each value its derivative by the loss, which turns the loss's standard error into its own.
     result = {"alias": "heldout", "sample_len": len(windows), **_metric("loss", loss, nats)}
-    result |= _metric("perplexity", math.exp(loss), nats, math.exp(loss))
+    result |= _metric("perplexity", perplexity, nats, perplexity)
     return result | _metric("bits_per_byte", loss * per_byte, nats, per_byte)
 
 
@@ -684,6 +685,10 @@ def run(config: EvaluateConfig) -> dict:
     out = config.out or Path(config.run if Path(config.run).is_dir() else ".", "evaluation.json")
     if not out.parent.is_dir() or out.is_dir():
         raise EvaluationError(f"--out {out}: is a folder, or in none that exists; name a file in one that does")
+    try:
+        check_folder(out.parent)  # before any long work
+    except OSError as error:
+        raise EvaluationError(f"--out {out}: {error}; name a file in another folder") from error
     subject = open_model(config.run, tokenizer=config.tokenizer, device=device)
     report = new_report(subject, config.limit)
     earlier = _earlier(out)

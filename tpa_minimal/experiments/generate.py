@@ -72,7 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         loaded = load_checkpoint(c.run)
         options = dict(temperature=c.temperature, top_k=c.top_k, seed=c.seed)
-        print(c.prompt + generate_text(loaded.model, loaded.tokenizer, c.prompt, c.max_new_tokens, **options))
-    except (SettingError, data.DataError, ValueError) as error:
+        text = generate_text(loaded.model, loaded.tokenizer, c.prompt, c.max_new_tokens, **options)
+    except (SettingError, data.DataError, ValueError, OSError) as error:
         return finish(prog, 2, str(error))
+    except RuntimeError as error:  # of drawing from probabilities that are none
+        return finish(prog, 1, f"{c.run}: its logits are not finite ({error}); train it again with a lower --lr")
+    print(c.prompt + text)
     return 0

@@ -18,7 +18,8 @@ def read_metrics(folder: str | Path) -> list[dict]:
         rows = read_json_lines(path)
         for number, row in enumerate(rows, start=1):
             numbers = [row.get("step"), row.get("tokens"), row.get("train_loss")]
-            if not all(isinstance(x, (int, float)) for x in numbers) or not isinstance(row["step"], int):
+            numbers += [row.get("val_loss")] if "val_loss" in row or number == 1 else []  # it begins with one
+            if not all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers) or type(row["step"]) is not int:
                 raise FileError(f"{path}, line {number}: is not about a step")
     except FileError as error:
         raise SettingError(f"{error}; put the line back as it was, or start again with another --out") from error

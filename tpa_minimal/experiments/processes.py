@@ -1,19 +1,25 @@
 """What a run shares with others: the processes that train together, the signals that stop it, its folder's lock."""
 
 import contextlib
+import functools
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tpa_minimal.experiments.checkpoint import SettingError
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class LostError(RuntimeError):
+    """Another of the processes that train together has ended, or cannot be reached."""
 
 
 class Processes:
@@ -33,8 +39,24 @@ class Processes:
         if self.count == 1:
             return values
         total = torch.tensor(values, device=self.device, dtype=torch.float64)
-        dist.all_reduce(total)
+        self.add([total])
         return total.tolist()
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes. Raises LostError if one of them has ended."""
+        self._exchange(dist.all_reduce, tensors)
+
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by the first process's. Raises LostError if one of them has ended."""
+        self._exchange(functools.partial(dist.broadcast, src=0), tensors)
+
+    def _exchange(self, how: Callable, tensors: Iterable[Tensor]) -> None:
+        try:
+            for work in [how(tensor, async_op=True) for tensor in tensors] if self.count > 1 else ():
+                work.wait()
+        except RuntimeError as error:  # of gloo or NCCL
+            reason = f"one of the {self.count} processes has ended ({str(error).strip().splitlines()[0][:120]})"
+            raise LostError(f"{reason}; continue with --resume") from error
 
     def each(self, value: float) -> list[float]:
         """The value of every process, in the order of their ranks."""
@@ -58,8 +80,8 @@ class Processes:
 class StopRequest:
     """Within its `with` block, the signals `numbers` set `.signal` instead of ending the process.
 
-    A second Ctrl-C ends it. A `handler` of your own is called in place of all this. Outside the main thread, where
-    Python allows no handlers, nothing changes.
+    What is ignored stays so, such as SIGHUP under nohup. A second Ctrl-C ends it. A `handler` of your own is called
+    in place of all this. Outside the main thread, where Python allows no handlers, nothing changes.
     """
 
     def __init__(self, numbers: list[int], handler=None):
@@ -75,7 +97,8 @@ class StopRequest:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self.handler) for number in self.numbers}
+            heard = [number for number in self.numbers if signal.getsignal(number) is not signal.SIG_IGN]  # by nohup
+            self.previous = {number: signal.signal(number, self.handler) for number in heard}
         return self
 
     def __exit__(self, *error):

@@ -52,6 +52,7 @@ DEFAULTS = {
 
 EVAL_TOKENS = 16_384  # validation tokens per evaluation, or one batch if that is more
 MAX_LEN = 2**24  # positions of a model
+MAX_LOGITS = 2**29  # a process computes at most this many logits at a time (2 GiB in float32), by accumulation
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ def own_settings(checkpoint: Path, state: dict) -> dict:
     ]
     if wrong or state["step"] > settings["steps"]:
         raise unreadable(checkpoint / STATE, f"settings: {', '.join(wrong) or 'fewer steps than were done'}")
+    try:
+        check_preset(settings["preset"])
+        check_values(settings)
+    except SettingError as error:
+        raise unreadable(checkpoint / STATE, error) from error
     return settings
 
 
@@ -131,8 +137,7 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
     Raises SettingError for a value that cannot work, for a folder in use, and for settings other than the run's own.
     """
     preset = config.preset or "tiny"
-    if preset not in DEFAULTS:
-        raise SettingError(f"--preset {preset}: does not exist; choose one of {', '.join(DEFAULTS)}")
+    check_preset(preset)
     find_attention(config.attention or "tpa")
     out = free_folder(config, Path("runs", f"{preset}-{(config.attention or 'tpa').replace(':', '.')}"))
     checkpoint = latest_checkpoint(out) if config.resume else None
@@ -198,6 +203,12 @@ def parsed_changes(assignments: tuple[str, ...]) -> dict:
     return changes
 
 
+def check_preset(name: str) -> None:
+    """Raise SettingError for a preset that does not exist."""
+    if name not in DEFAULTS:
+        raise SettingError(f"--preset {name}: does not exist; choose one of {', '.join(DEFAULTS)}")
+
+
 def check_values(chosen: dict) -> None:
     """Raise SettingError for the first value that cannot work."""
     for name in ("tokens", "steps", "batch_size", "seq_len", "eval_every", "accumulation"):
@@ -211,9 +222,24 @@ def check_values(chosen: dict) -> None:
         raise SettingError(f"--tokenizer {chosen['tokenizer']}: choose one of {', '.join(data.TOKENIZERS)}")
     if not 0 <= chosen["seed"] < 2**63:
         raise SettingError(f"--seed {chosen['seed']}: must be 0 or more, and below 2^63")
-    if not 0 < chosen["lr"] < math.inf:
+    if not 0 < chosen["lr"] < 1e300:  # a file may hold whole numbers beyond every float
         rate = DEFAULTS[chosen["preset"]]["lr"]
         raise SettingError(f"--lr {chosen['lr']}: must be a positive number; {rate} is the preset's")
+
+
+def accumulation(settings: TrainConfig, processes: int, vocab_size: int) -> int:
+    """In how many parts each process computes its share of a batch. Raises SettingError if it cannot be divided so."""
+    share, rest = divmod(settings.batch_size, processes)
+    if rest:
+        raise SettingError(f"--batch-size {settings.batch_size}: must be a multiple of the {processes} processes")
+    if settings.accumulation is None:
+        fitting = max(1, MAX_LOGITS // (settings.seq_len * vocab_size))
+        return next(parts for parts in range(math.ceil(share / fitting), share + 1) if share % parts == 0)
+    if share % settings.accumulation:
+        raise SettingError(
+            f"--accumulation {settings.accumulation}: must divide the {share} sequences of a process in each step"
+        )
+    return settings.accumulation
 
 
 def find_device(name: str) -> torch.device:

@@ -16,13 +16,13 @@ import json
 import os
 import queue
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from tpa_minimal.experiments import lessons
+from tpa_minimal.experiments import lessons, options
+from tpa_minimal.files import regular
 
 HUB_REPOSITORY, HUB_CONFIGURATION = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 KINDS = re.compile(r"\.(parquet|(?:jsonl|txt)(\.(?:gz|bz2|xz|zst|lz4))?)$", re.IGNORECASE)
@@ -48,9 +48,8 @@ class Interrupted(DataError):
 
 
 def say(line: str) -> None:
-    """Print a line, also where the terminal lacks some of its characters."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(f"data: {line}".encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    """Print a line about data."""
+    options.say(f"data: {line}")
 
 
 def short(error: BaseException) -> str:
@@ -62,7 +61,7 @@ def short(error: BaseException) -> str:
 def sha256(file: str | Path) -> str:
     """The sum of a file's content."""
     digest = hashlib.sha256()
-    with open(file, "rb") as opened:
+    with open(regular(file), "rb") as opened:
         while block := opened.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
@@ -281,7 +280,7 @@ def _rows(paths: list[str]) -> Iterator[dict[str, str]]:
 
 
 def _parquet_texts(path: Path) -> Iterator[str]:
-    from pyarrow import parquet
+    from pyarrow import DictionaryType, parquet
 
     with parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as opened:
         names = opened.schema_arrow.names
@@ -289,10 +288,14 @@ def _parquet_texts(path: Path) -> Iterator[str]:
             problem = f"{names.count('text') or 'no'} column{'s' * ('text' in names)} text, only {', '.join(names)}"
             raise DataError(f"{path} has {problem:.120}; rename the one that holds the texts")
         kind = opened.schema_arrow.field("text").type
-        if str(getattr(kind, "value_type", kind)) not in ("string", "large_string", "string_view"):
+        if str(kind.value_type if isinstance(kind, DictionaryType) else kind) not in (
+            "string",
+            "large_string",
+            "string_view",
+        ):
             raise DataError(f"{path}: its column text holds {kind}, not text; write it as strings")
         for group in map(opened.metadata.row_group, range(opened.num_row_groups)):
-            for column in map(group.column, range(group.num_columns)):
+            for column in map(group.column, range(group.num_columns if group.num_rows else 0)):
                 size = max(_page_sizes(path, column), default=0) if column.path_in_schema.split(".")[0] == "text" else 0
                 if size > MOST_BYTES:  # a page is in memory as a whole, whatever is read of it
                     raise DataError(f"{path} holds a page of {size:,} bytes; divide its texts, or write smaller pages")

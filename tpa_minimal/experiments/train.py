@@ -44,22 +44,23 @@ from tqdm.auto import tqdm
 from tpa_minimal import huggingface
 from tpa_minimal.experiments import data
 from tpa_minimal.experiments.checkpoint import (
+    STATE,
     SettingError,
     latest_checkpoint,
     load_training,
     read_state,
     save_checkpoint,
+    unreadable,
 )
 from tpa_minimal.experiments.metrics import rewind_metrics, write_curve
 from tpa_minimal.experiments.models import initial_model, load_run_model
 from tpa_minimal.experiments.options import finish, parse, say
-from tpa_minimal.experiments.processes import SIGNALS, Processes, StopRequest, locked, remove_if_empty
+from tpa_minimal.experiments.processes import SIGNALS, LostError, Processes, StopRequest, locked, remove_if_empty
 from tpa_minimal.experiments.report import describe_run, report
-from tpa_minimal.experiments.settings import EVAL_TOKENS, FREE, TrainConfig, settle
+from tpa_minimal.experiments.settings import EVAL_TOKENS, FREE, TrainConfig, accumulation, settle
 from tpa_minimal.files import write_json
 from tpa_minimal.tpa import T6
 
-MAX_LOGITS = 2**29  # a process computes at most this many logits at a time (2 GiB in float32), by accumulation
 MIN_CHECKPOINT_SECONDS = 5.0  # between checkpoints; more where writing one takes long, see `train`
 
 
@@ -134,10 +135,18 @@ class Trainer:
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.parts = accumulation(settings, processes.count, token_data.vocab_size)
-        loss = LossSum(model)
-        if processes.count > 1:
-            loss = nn.parallel.DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None)
-        self.loss = compiled(loss, device) if settings.compile else loss
+        processes.copy_first(model.state_dict().values())
+        self.loss = compiled(LossSum(model), device) if settings.compile else LossSum(model)
+
+    def restore(self, checkpoint: Path, state: dict) -> None:
+        """Go on from a checkpoint: moments, random states, and float16's loss scale. Raises SettingError."""
+        load_training(self.model, self.optimizer, checkpoint, state["updates"])
+        if self.scaler.is_enabled():
+            usual, found = self.scaler.state_dict(), state["scaler"]
+            scale, steady = found.get("scale"), found.get("_growth_tracker")  # steps since it last changed
+            if type(scale) is not float or not 0 < scale < 1e38 or steady not in range(usual["growth_interval"]):
+                raise unreadable(checkpoint / STATE, f"scaler is {found}")
+            self.scaler.load_state_dict({**usual, "scale": scale, "_growth_tracker": int(steady)})
 
     def shares(self, batch: tuple[Tensor, Tensor]):
         """The parts of a batch that this process computes, one after the other."""
@@ -152,26 +161,29 @@ class Trainer:
         batch = self.data.batch("train", step, s.batch_size, s.seq_len, s.seed)
         total, count = torch.zeros((), device=self.processes.device), batch[0].numel()
         with torch.set_grad_enabled(backward):
-            for i, (inputs, targets) in enumerate(self.shares(batch)):
-                last = i == self.parts - 1
-                wait = contextlib.nullcontext() if last or self.processes.count == 1 else self.loss.no_sync()
-                with wait, self.autocast:  # gradients are exchanged once per step
+            for inputs, targets in self.shares(batch):
+                with self.autocast:
                     loss = self.loss(inputs, targets)
-                    if backward:  # DDP averages over the processes, hence their number
-                        self.scaler.scale(loss * (self.processes.count / count)).backward()
+                if backward:
+                    self.scaler.scale(loss * (1 / count)).backward()
                 total += loss.detach()
         return total
 
     def fitting(self, compute: Callable):
-        """What `compute` returns, after doubling the parts of a batch as often as the GPU runs out of memory."""
+        """What `compute` returns, after doubling the parts of a batch as often as any process runs out of memory.
+
+        `compute` must not wait for other processes. Raises TrainError where smaller parts are impossible.
+        """
+        share = self.settings.batch_size // self.processes.count
         while True:
-            try:
-                return compute()
-            except torch.OutOfMemoryError:
-                share = self.settings.batch_size // self.processes.count
-                if self.processes.count > 1 or self.settings.accumulation is not None or self.parts >= share:
-                    raise
-            # After the except block, whose traceback keeps the failed tensors alive.
+            result = None
+            with contextlib.suppress(torch.OutOfMemoryError):
+                result = compute()
+            if not self.processes.sum([float(result is None)])[0]:
+                return result
+            if self.settings.accumulation is not None or self.parts >= share:
+                remedy = "choose a smaller --batch-size or --seq-len, or a larger --accumulation"
+                raise TrainError(f"memory does not suffice for a batch in {self.parts} parts: {remedy}")
             self.parts = next(n for n in range(2 * self.parts, 2 * share + 1) if share % n == 0 or n >= share)
             self.parts = min(self.parts, share)
             self.optimizer.zero_grad()
@@ -183,6 +195,7 @@ class Trainer:
         total = self.fitting(lambda: self.losses(step, backward=updating))
         mean = self.processes.sum([total.item()])[0] / (s.batch_size * s.seq_len)
         if updating and math.isfinite(mean):
+            self.processes.add(p.grad for p in self.model.parameters() if p.grad is not None)
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             for group in self.optimizer.param_groups:
@@ -218,21 +231,6 @@ class LossSum(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """inputs, targets (B, T) -> a scalar."""
         return loss_sum(self.model, inputs, targets)
-
-
-def accumulation(settings: TrainConfig, processes: int, vocab_size: int) -> int:
-    """In how many parts each process computes its share of a batch. Raises SettingError if it cannot be divided so."""
-    share, rest = divmod(settings.batch_size, processes)
-    if rest:
-        raise SettingError(f"--batch-size {settings.batch_size}: must be a multiple of the {processes} processes")
-    if settings.accumulation is None:
-        fitting = max(1, MAX_LOGITS // (settings.seq_len * vocab_size))
-        return next(parts for parts in range(math.ceil(share / fitting), share + 1) if share % parts == 0)
-    if share % settings.accumulation:
-        raise SettingError(
-            f"--accumulation {settings.accumulation}: must divide the {share} sequences of a process in each step"
-        )
-    return settings.accumulation
 
 
 def compiled(loss: nn.Module, device: torch.device) -> nn.Module:
@@ -333,8 +331,7 @@ def _train(settings: TrainConfig, checkpoint: Path | None, processes: Processes,
     model = load_run_model(settings, state, checkpoint) if checkpoint else initial_model(settings, vocab_size)
     trainer = Trainer(settings, processes, token_data, model.to(device))
     if checkpoint:
-        load_training(model, trainer.optimizer, checkpoint, state["updates"])
-        trainer.scaler.load_state_dict(state["scaler"]) if state["scaler"] else None
+        trainer.restore(checkpoint, state)
     describe_run(settings, trainer, state["step"], log)
     own = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in FREE}
     state.update(settings=own, vocab_size=vocab_size, tokenizer=settings.tokenizer, sha256=token_data.meta["sha256"])
@@ -352,7 +349,7 @@ def _train(settings: TrainConfig, checkpoint: Path | None, processes: Processes,
             f"make room, or mend the permissions, then continue with --resume"
         ) from error
     step = state["step"]
-    speed = step * settings.batch_size * settings.seq_len / state["seconds"] if step else 0.0
+    speed = step * settings.batch_size * settings.seq_len / state["seconds"] if state["seconds"] else 0.0
     return TrainResult(out, model, token_data, settings, step, metrics, speed, stopped_by)
 
 
@@ -432,6 +429,8 @@ def main(arguments: list[str] | None = None) -> int:
                 say(line)
     except (SettingError, data.DataError) as error:
         return end(2, str(error))
+    except LostError as error:  # each process says so, as the first may be the lost one
+        return finish(prog, 1, str(error))
     except (TrainError, OSError) as error:
         return end(1, str(error))
     except KeyboardInterrupt:
