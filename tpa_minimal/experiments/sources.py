@@ -294,15 +294,18 @@ def _parquet_texts(path: Path) -> Iterator[str]:
             "string_view",
         ):
             raise DataError(f"{path}: its column text holds {kind}, not text; write it as strings")
+        largest = 1
         for group in map(opened.metadata.row_group, range(opened.num_row_groups)):
             for column in map(group.column, range(group.num_columns if group.num_rows else 0)):
-                size = max(_page_sizes(path, column), default=0) if column.path_in_schema.split(".")[0] == "text" else 0
-                if size > MOST_BYTES:  # a page is in memory as a whole, whatever is read of it
-                    raise DataError(f"{path} holds a page of {size:,} bytes; divide its texts, or write smaller pages")
-        # One row at a time, in this thread: a few kilobytes can decode to gigabytes.
-        for batch in opened.iter_batches(batch_size=1, columns=["text"], use_threads=False):
-            for value in batch.column(0):
-                buffer = memoryview(getattr(value, "value", value).as_buffer() or b"")
+                if column.path_in_schema.split(".")[0] == "text":
+                    largest = max(largest, *_page_sizes(path, column))
+        if largest > MOST_BYTES:  # a page is in memory as a whole, whatever is read of it
+            raise DataError(f"{path} holds a page of {largest:,} bytes; divide its texts, or write smaller pages")
+        # So many texts that, each as long as a page can hold, they fit: a few kilobytes can decode to gigabytes.
+        most = min(max(1, MOST_BYTES // largest), 2**16)
+        for batch in opened.iter_batches(batch_size=most, columns=["text"], use_threads=False):
+            for value in batch.column(0).drop_null():
+                buffer = memoryview(getattr(value, "value", value).as_buffer())
                 yield from codecs.iterdecode((buffer[i : i + BLOCK] for i in range(0, len(buffer), BLOCK)), "utf-8")
 
 
