@@ -392,7 +392,7 @@ LONGER = compare.MEASURED.with_name("compare_longer.jsonl")
 
 def test_published_rows_are_whole_and_their_sizes_are_those_of_the_layers():
     rows = compare.read_rows(compare.MEASURED)
-    assert {row["data"] for row in rows} == {"recall", "lessons"}
+    assert {row["data"] for row in rows} == {"recall", "lessons", "fineweb-edu", "mixed"}
     rows += compare.read_rows(LONGER)
     models = {}
     for row in rows:
@@ -409,7 +409,8 @@ def test_published_rows_are_whole_and_their_sizes_are_those_of_the_layers():
 
 def test_published_rates_lie_inside_their_grids_and_fresh_seeds_are_enough():
     published = [(rows, 3, 10, 5) for _, rows in contrasts.groups(compare.read_rows(compare.MEASURED))]
-    published += [(compare.read_rows(LONGER), 1, 3, 3)]
+    published += [(rows, 1, 3, 3) for _, rows in contrasts.groups(compare.read_rows(LONGER))]
+    assert len(published) == 6
     for rows, tuning_seeds, main_seeds, seeds in published:
         for entry in contrasts.summary(rows):
             what = rows[0]["data"], rows[0]["steps"]
@@ -417,7 +418,9 @@ def test_published_rates_lie_inside_their_grids_and_fresh_seeds_are_enough():
             tuning = [row for row in rows if row["cell"] == entry["cell"] and row["seed"] >= contrasts.TUNING]
             best, following = compare.tuned(tuning, entry["cell"], range(100, 100 + tuning_seeds), entry["grid"])
             assert (best, following) == (entry["lr"], []), (what, entry["cell"])
-            main = rows[0]["data"] == "recall" or any(entry["cell"] in pair for pair in contrasts.FIXED.values())
+            main = rows[0]["data"] in ("recall", "mixed") or any(
+                entry["cell"] in pair for pair in contrasts.FIXED.values()
+            )
             assert entry["n"] >= (main_seeds if main else seeds), (what, entry["cell"])
 
 
@@ -447,25 +450,47 @@ def test_notebook_08_shows_the_table_and_says_no_other_number():
 
 def test_what_notebook_08_and_the_readme_conclude_follows_from_the_rows():
     tasks = {rows[0]["data"]: rows for _, rows in contrasts.groups(compare.read_rows(compare.MEASURED))}
-    loss, recalled = (
-        {(c.cell, c.other): c for c in contrasts.contrasts(contrasts.fresh(tasks[task]), measure)}
-        for task, measure in (("lessons", "text_loss"), ("recall", "recall_accuracy"))
+    found = {
+        (task, measure): {(c.cell, c.other): c for c in contrasts.contrasts(contrasts.fresh(rows), measure)}
+        for task, rows in tasks.items()
+        for measure in ("text_loss", "recall_accuracy")
+        if measure in rows[0]
+    }
+    assert len(found) == 5
+    for (_, measure), own in found.items():  # TPA with the paper's start is behind everywhere
+        for pair in contrasts.FIXED.values():
+            assert own[pair].p < 0.05 and (own[pair].found.mean > 0) == (measure == "text_loss")
+    assert not any(c.found.paired for own in found.values() for c in own.values())  # sharing seeds helped nowhere
+    entries = {task: {entry["cell"]: entry for entry in contrasts.summary(rows)} for task, rows in tasks.items()}
+    # The authors' start closes most of the gap to GQA, not all: hence the recommendation.
+    for task in ("lessons", "fineweb-edu"):
+        means = {cell: entry["text_loss"][0] for cell, entry in entries[task].items()}
+        assert found[task, "text_loss"]["tpa-init-authors", "tpa"].p < 0.05
+        assert 0 < means["tpa-init-authors"] - means["gqa"] < (means["tpa"] - means["gqa"]) / 2
+    solved = {task: {cell: entry["solved"] for cell, entry in entries[task].items()} for task in ("recall", "mixed")}
+    assert not any(solved["recall"][cell] for cell in entries["recall"] if cell.startswith("tpa") or cell == "mqa")
+    assert solved["mixed"]["tpa-init-authors"] == 10 and solved["mixed"]["tpa"] == 0
+    # At half the rates that were chosen, MHA and GQA solved recall amid lessons in all tuning runs.
+    for row in tasks["mixed"]:
+        if row["cell"] in ("mha", "gqa") and row["lr"] == 0.00141:
+            assert entries["mixed"][row["cell"]]["lr"] == 0.00283 and row["recall_accuracy"] > contrasts.SOLVED
+    # Per byte: MQA with a wider key is best on the lessons, and as good as MHA; no difference by heads or by rank.
+    at_bytes = [e for e in entries["lessons"].values() if 496 <= e["cache_bytes_per_token"] <= 512]
+    assert min(at_bytes, key=lambda entry: entry["text_loss"])["cell"] == "mqa-bytes" and len(at_bytes) == 6
+    loss = found["lessons", "text_loss"]
+    unseen = [("mqa-bytes", "mha"), ("tpa-heads-of-mha", "tpa"), ("tpa-init-authors-double", "tpa-init-authors")]
+    assert all(loss[pair].p > 0.05 for pair in unseen)
+    assert (
+        3 * entries["lessons"]["mqa-bytes"]["cache_bytes_per_token"]
+        == entries["lessons"]["mha"]["cache_bytes_per_token"]
     )
-    for pair in contrasts.FIXED.values():  # TPA with the paper's start is behind on both, at equal weights and bytes
-        assert loss[pair].found.mean > 0 and loss[pair].p < 0.05
-        assert recalled[pair].found.mean < 0 and recalled[pair].p < 0.05
-    # The authors' start closes most of the gap to MHA, not all: hence the recommendation. On recall it does not help.
-    means = {entry["cell"]: entry["text_loss"][0] for entry in contrasts.summary(tasks["lessons"])}
-    assert loss["tpa-init-authors", "tpa"].p < 0.05
-    assert 0 < means["tpa-init-authors"] - means["mha"] < (means["tpa"] - means["mha"]) / 2
-    solved = {entry["cell"]: entry["solved"] for entry in contrasts.summary(tasks["recall"])}
-    assert solved["mha"] == solved["gqa"] == 10 and solved["mla"] > 5
-    assert solved["tpa"] == solved["tpa-init-authors"] == solved["mqa"] == 0
-    assert not any(c.found.paired for c in [*loss.values(), *recalled.values()])  # sharing seeds helped nowhere
-    longer = {entry["cell"]: entry for entry in contrasts.summary(compare.read_rows(LONGER))}
-    for cell in ("tpa", "tpa-init-authors"):  # with four times the steps it is a delay
-        assert longer[cell]["solved"] == longer[cell]["n"] and longer[cell]["steps"] > 400
+    longer = {rows[0]["data"]: rows for _, rows in contrasts.groups(compare.read_rows(LONGER))}
+    for entry in contrasts.summary(longer["recall"]):  # with four times the steps it is a delay
+        assert entry["solved"] == entry["n"] and entry["steps"] > 400
+    later = {(c.cell, c.other): c for c in contrasts.contrasts(contrasts.fresh(longer["lessons"]), "text_loss")}
+    assert all(c.p > 0.05 for c in later.values())
+    assert all(abs(c.found.mean) < abs(loss[pair].found.mean) / 1.5 for pair, c in later.items())
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    said = re.search(r"In our own small runs(.*?)\(\[notebook 08\]", readme, re.DOTALL).group(1)
+    said = re.search(r"In our own small runs(.*?)\[notebook 08\]", readme, re.DOTALL).group(1)
     lines = "\n".join(contrasts.table(compare.read_rows(compare.MEASURED)))
     assert numbers(said) and numbers(said) <= numbers(lines)

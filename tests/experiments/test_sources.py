@@ -66,8 +66,10 @@ def test_a_compression_that_is_not_installed_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
 def test_every_type_of_text_column_is_read(tmp_path, kind):
     column = pyarrow.array([*TEXTS[:4], None, "", *TEXTS[4:]])
-    types = {"large_string": pyarrow.large_string(), "string_view": pyarrow.string_view()}
-    column = column.dictionary_encode() if kind == "dictionary" else column.cast(types.get(kind, pyarrow.string()))
+    try:
+        column = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pyarrow, kind)())
+    except (AttributeError, NotImplementedError):
+        pytest.skip(f"pyarrow {pyarrow.__version__} does not make a {kind}")
     parquet.write_table(pyarrow.table({"id": range(11), "text": column}), tmp_path / "a.parquet")
     assert texts(tmp_path, tmp_path) == TEXTS
 

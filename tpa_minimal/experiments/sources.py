@@ -301,8 +301,8 @@ def _parquet_texts(path: Path) -> Iterator[str]:
                     largest = max(largest, *_page_sizes(path, column))
         if largest > MOST_BYTES:  # a page is in memory as a whole, whatever is read of it
             raise DataError(f"{path} holds a page of {largest:,} bytes; divide its texts, or write smaller pages")
-        # So many texts that, each as long as a page can hold, they fit: a few kilobytes can decode to gigabytes.
-        most = min(max(1, MOST_BYTES // largest), 2**16)
+        # As many texts as 64 MiB hold, were each as long as a page: a few kilobytes can decode to gigabytes.
+        most = min(max(1, 2**26 // largest), 2**16)
         for batch in opened.iter_batches(batch_size=most, columns=["text"], use_threads=False):
             for value in batch.column(0).drop_null():
                 buffer = memoryview(getattr(value, "value", value).as_buffer())
