@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and JSON that is read with suspicion."""
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -44,6 +45,15 @@ def regular(path: str | os.PathLike) -> Path:
     if (path := Path(path)).exists() and not path.is_file():
         raise OSError(f"{path} is no regular file")
     return path
+
+
+def sha256(file: str | os.PathLike) -> str:
+    """The sum of a file's content."""
+    digest = hashlib.sha256()
+    with open(regular(file), "rb") as opened:
+        while block := opened.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_folder(folder: str | os.PathLike) -> None:

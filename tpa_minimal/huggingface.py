@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tpa_minimal import baselines, variants
-from tpa_minimal.files import read_json, write_whole
+from tpa_minimal.files import FileError, read_json, regular, sha256, write_whole
 from tpa_minimal.tpa import T6, Cache, FactorCache, T6Config, TensorProductAttention, unseen
 from tpa_minimal.variants import FixedHeadFactors, KeyValueOnly
 
@@ -869,8 +869,14 @@ def _checked(folder: Path) -> T6:
             f"{config_path}: model_type={kind!r}, not 't6'; a LLaMA goes through "
             "llama_to_t6(transformers.LlamaForCausalLM.from_pretrained(...))"
         )
+    if (folder / "state.json").exists():  # a checkpoint of a run, which holds the sums of its files
+        state = read_json(folder / "state.json")
+        sums = state.get("sums") if isinstance(state, dict) else None
+        for path in (config_path, weights_path) if isinstance(sums, dict) else ():
+            if sha256(path) != sums.get(path.name):
+                raise FileError(f"{path}: its SHA-256 sum is another than in state.json: damaged; copy it again")
     try:
-        with safe_open(weights_path, "pt") as file:
+        with safe_open(regular(weights_path), "pt") as file:
             header = {key: file.get_slice(key).get_shape() for key in file.keys()}
             types = {key: file.get_slice(key).get_dtype() for key in file.keys()}
     except SafetensorError as error:

@@ -1,5 +1,6 @@
 """The benchmark measures what it says, on tiny sizes: the numbers it prints are not tested, its bookkeeping is."""
 
+import errno
 import json
 import os
 import subprocess
@@ -194,6 +195,17 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(kind, tmp_pa
     (tmp_path / "device.json").write_text("[]")
     with pytest.raises(SystemExit):
         bench.main(["device", "--out", str(tmp_path)])
+
+
+def test_what_cannot_be_written_is_printed(tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(bench, "write_json", full)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1.0)
+    with pytest.raises(OSError, match="No space"):  # which `python -m tpa_minimal` makes one line of
+        bench.main(["prefill", "--lengths", "8", "--n-head", "2", "--d-head", "4", "--out", str(tmp_path)])
+    assert "|" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_into_memory_is_one_line(tmp_path, capsys, monkeypatch):

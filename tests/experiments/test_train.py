@@ -590,6 +590,10 @@ STATES = {
     "endless seconds": lambda state: {**state, "seconds": 10**400},
     "no preset": lambda state: {**state, "settings": {**state["settings"], "preset": "x"}},
     "no steps": lambda state: {**state, "step": 8, "settings": {**state["settings"], "batch_size": -1}},
+    "fewer updates than steps": lambda state: {**state, "updates": 3},
+    "a loss scale without float16": lambda state: {**state, "updates": 3, "scaler": {"scale": 1.0}},
+    "a sum of another file": lambda state: {**state, "sums": {**state["sums"], "../../metrics.jsonl": "0"}},
+    "a sum of no file's name": lambda state: {**state, "sums": {**state["sums"], "\0\ud800": "0"}},
     "a rate as text": lambda state: {**state, "settings": {**state["settings"], "lr": "fast"}},
 }
 
@@ -827,6 +831,46 @@ def test_a_run_starts_from_another_models_weights_and_resumes(undisturbed, tmp_p
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("of", ["", "checkpoint-00000008"], ids=["run", "checkpoint"])
+def test_a_run_does_not_start_from_a_damaged_checkpoint(of, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    file = tmp_path / "run/checkpoint-00000008/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 2  # finite still
+    file.write_bytes(content)
+    start = functools.partial(run, tmp_path / "other", init_from=str(tmp_path / "run" / of))
+    with pytest.raises(SettingError, match=r"--init-from .*model\.safetensors: its SHA-256 sum is another.*damaged"):
+        start()
+    if os.name != "nt":
+        file.unlink()
+        os.mkfifo(file)
+        with pytest.raises(SettingError, match=r"--init-from .*model\.safetensors is no regular file"):
+            start()
+        (file.parent / "state.json").unlink()
+        with pytest.raises(SettingError, match=r"--init-from .*model\.safetensors is no regular file"):
+            start()
+
+
+def test_a_loss_that_is_infinite_from_the_start_is_not_blamed_on_the_rate_alone(undisturbed, tmp_path):
+    model = models.load_checkpoint(undisturbed[0]).model
+    with torch.no_grad():
+        model.embedding.weight.fill_(3e38)
+    models.huggingface.save_pretrained(model, tmp_path / "saved")
+    with pytest.raises(TrainError, match=": --lr 0.01 is .*, or --init-from has weights that are too large"):
+        run(tmp_path / "run", init_from=str(tmp_path / "saved"))
+
+
+def test_a_full_disk_while_data_are_prepared_is_status_1(tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data.shards, "_collect", full)
+    monkeypatch.setenv("TPA_CACHE", str(tmp_path / "cache"))
+    assert train.main(["--out", str(tmp_path / "run"), "--data", "lessons", "--tokens", "20000"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "No space left on device; make room" in error
+
+
 def test_rows_of_the_metrics_go_to_a_callback(tmp_path):
     rows = []
     config = replace(MICRO, out=tmp_path / "run", steps=2)
@@ -1028,7 +1072,7 @@ def test_float16s_loss_scale_survives_an_interruption(tmp_path, monkeypatch):
         path = checkpoint.latest_checkpoint(out) / "state.json"
         text = path.read_text()
         path.write_text(json.dumps({**state, "scaler": wrong}))
-        with pytest.raises(SettingError, match=r"state\.json: cannot be read \(scaler is"):
+        with pytest.raises(SettingError, match=r"state\.json: cannot be read \((scaler is|updates)"):
             run(out, resume=True, dtype="float16", steps=60)
         path.write_text(text)
     again = run(out, resume=True, dtype="float16", steps=60)

@@ -630,8 +630,8 @@ def main(arguments: list[str] | None = None) -> int:
         if "memory" not in str(error):  # CUDA's and the CPU's allocator agree in this word alone
             raise
         return finish("python -m tpa_minimal bench", 1, f"{str(error).splitlines()[0][:200]}; choose smaller sizes")
+    say(table(result))  # first, so that a full disk does not take it all
     write_json(settings.out / f"bench_{kind}.json", result)
     write_whole(settings.out / f"bench_{kind}.png", lambda path: figure(result).savefig(path, dpi=120, format="png"))
-    print(table(result))
     print(f"wrote bench_{kind}.json and bench_{kind}.png in {settings.out}", file=sys.stderr)
     return 0

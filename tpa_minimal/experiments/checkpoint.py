@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tpa_minimal import huggingface
-from tpa_minimal.experiments.sources import sha256
-from tpa_minimal.files import FileError, read_json, write_json
+from tpa_minimal.files import FileError, read_json, sha256, write_json
 from tpa_minimal.tpa import T6
 
 STATE, TRAINING, WEIGHTS = "state.json", "training.safetensors", "model.safetensors"
@@ -136,13 +135,16 @@ def read_state(checkpoint: Path, check_sums: bool = True) -> dict:
                 raise ValueError(f"{name} is {str(state.get(name))[:80]}")
         if f"checkpoint-{state['step']:08d}" != checkpoint.name:
             raise ValueError(f"step {state['step']} is not the folder's")
-        if not 0 <= state["updates"] <= state["step"] or not 0 <= state["seconds"] < 1e300:
+        least = 0 if state["scaler"] else state["step"]  # float16 alone skips updates
+        if not least <= state["updates"] <= state["step"] or not 0 <= state["seconds"] < 1e300:
             raise ValueError(f"updates {state['updates']}, seconds {state['seconds']}")
+        if others := state["sums"].keys() - {path.name for path in checkpoint.iterdir()}:
+            raise ValueError(f"sums of files that are not there: {', '.join(sorted(others))}")
     except (OSError, FileError, ValueError) as error:
         raise unreadable(checkpoint / STATE, error) from error
     for name in dict.fromkeys((WEIGHTS, TRAINING, *state["sums"])) if check_sums else ():
         try:
-            if sha256(checkpoint / Path(name).name) != state["sums"].get(name):
+            if sha256(checkpoint / name) != state["sums"].get(name):
                 raise unreadable(checkpoint / name, "its SHA-256 sum is another: damaged")
         except OSError as error:
             raise unreadable(checkpoint / name, error) from error

@@ -54,6 +54,7 @@ from tpa_minimal.experiments.options import finish, parse, say
 from tpa_minimal.experiments.processes import SIGNALS, Processes, StopRequest, locked
 from tpa_minimal.experiments.report import duration
 from tpa_minimal.experiments.settings import DEFAULTS, TrainConfig, check_values, find_device, natural_dtype
+from tpa_minimal.experiments.sources import Interrupted
 from tpa_minimal.files import FileError, read_json_lines
 from tpa_minimal.memory import Layer, match_heads
 from tpa_minimal.tpa import T6Config, TensorProductAttention
@@ -438,7 +439,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         return work(options)
     except (SettingError, data.DataError, ValueError, train.TrainError, OSError) as error:
-        return finish(prog, 1 if isinstance(error, (train.TrainError, OSError)) else 2, str(error))
+        return finish(prog, 1 if isinstance(error, (train.TrainError, Interrupted, OSError)) else 2, str(error))
     except KeyboardInterrupt:
         return 130
 

@@ -26,7 +26,7 @@ from tpa_minimal import files
 from tpa_minimal.experiments import lessons, shards, sources
 from tpa_minimal.experiments.lessons import END_OF_TEXT
 from tpa_minimal.experiments.shards import LEAST_TOKENS, SPLITS
-from tpa_minimal.experiments.sources import BLOCK, DataError, say, sha256, short
+from tpa_minimal.experiments.sources import BLOCK, DataError, say, short
 
 if TYPE_CHECKING:
     import tiktoken
@@ -115,7 +115,7 @@ def load(folder: str | Path) -> TokenData:
             size = file.stat().st_size if file.exists() else 0
             if type(tokens) is not int or not 0 < 2 * tokens == size:
                 raise DataError(f"{file} holds {size} bytes where {str(tokens):.40} tokens were written; {remedy}")
-            if (found := sha256(file)) != written:
+            if (found := files.sha256(file)) != written:
                 raise DataError(f"{file} has SHA-256 {found[:12]}… where {str(written)[:12]}… was written; {remedy}")
             held[split] = ids = np.memmap(file, dtype=np.uint16, mode="r")
             ends = sum(int((ids[i : i + BLOCK] == tokenizer.eot_token).sum()) for i in range(0, tokens, BLOCK))
@@ -193,7 +193,7 @@ def _choose(tokens: int, tokenizer: str) -> tuple[str, str]:
 
 def _request(identity: dict, tokens: int, tokenizer: str) -> dict:
     """All that the shards depend on."""
-    vocabulary = {"vocabulary": sha256(lessons.TOKENIZER_FILE)} if tokenizer == "lessons" else {}
+    vocabulary = {"vocabulary": files.sha256(lessons.TOKENIZER_FILE)} if tokenizer == "lessons" else {}
     return {**identity, **vocabulary, "tokens": tokens, "tokenizer": tokenizer}
 
 
@@ -258,7 +258,7 @@ def _gpt2_cached() -> bool:
     usual = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", usual))
     try:
-        return all(sha256(Path(folder, name)) == digest for name, digest in GPT2_FILES.items())
+        return all(files.sha256(Path(folder, name)) == digest for name, digest in GPT2_FILES.items())
     except OSError:
         return False
 

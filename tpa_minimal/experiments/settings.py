@@ -121,6 +121,8 @@ def own_settings(checkpoint: Path, state: dict) -> dict:
     wrong = sorted(settings.keys() ^ _KINDS.keys()) or [
         name for name, kind in _KINDS.items() if not isinstance(settings[name], kind) or settings[name] is True
     ]
+    if not wrong and (settings["dtype"] == "float16") != bool(state["scaler"]):
+        wrong = ["float16 has a loss scale, and nothing else has"]
     if wrong or state["step"] > settings["steps"]:
         raise unreadable(checkpoint / STATE, f"settings: {', '.join(wrong) or 'fewer steps than were done'}")
     try:

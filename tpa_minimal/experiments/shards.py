@@ -5,6 +5,7 @@ documents.bin, and state.json says where to go on. At the end they are divided a
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import itertools
@@ -69,7 +70,8 @@ def build(request: dict, documents: Callable, tokenizer: "tiktoken.Encoding", fo
                     with contextlib.suppress(OSError):  # Windows does not remove what is open
                         _lock_file(work).unlink()
     except OSError as error:
-        raise DataError(f"writing {folder} failed: {short(error)}; make room, or set TPA_CACHE elsewhere") from error
+        kind = Interrupted if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else DataError
+        raise kind(f"writing {folder} failed: {short(error)}; make room, or set TPA_CACHE elsewhere") from error
 
 
 def padded_vocabulary(tokenizer: "tiktoken.Encoding") -> int:

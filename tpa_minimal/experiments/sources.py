@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tpa_minimal.experiments import lessons, options
-from tpa_minimal.files import regular
+from tpa_minimal.files import sha256
 
 HUB_REPOSITORY, HUB_CONFIGURATION = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 KINDS = re.compile(r"\.(parquet|(?:jsonl|txt)(\.(?:gz|bz2|xz|zst|lz4))?)$", re.IGNORECASE)
@@ -56,15 +56,6 @@ def short(error: BaseException) -> str:
     """The first line of an error's message, for use within a line of ours."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text if len(text) <= 160 else text[:159] + "…"
-
-
-def sha256(file: str | Path) -> str:
-    """The sum of a file's content."""
-    digest = hashlib.sha256()
-    with open(regular(file), "rb") as opened:
-        while block := opened.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def cut(text: str, most: int) -> list[str]:

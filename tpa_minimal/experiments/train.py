@@ -73,7 +73,8 @@ class DivergedError(TrainError):
 
     def __init__(self, what: str, lr: float):
         self.what = what
-        super().__init__(f"{what}: --lr {lr} is probably too high; start again with a lower one and another --out")
+        reason = f"--lr {lr} is probably too high, or --init-from has weights that are too large"
+        super().__init__(f"{what}: {reason}; start again with others and another --out")
 
 
 # --------------------------------------------------------------------------------------------------- the recipe
@@ -428,7 +429,7 @@ def main(arguments: list[str] | None = None) -> int:
             for line in report(result) if first and not result.stopped_by else ():
                 say(line)
     except (SettingError, data.DataError) as error:
-        return end(2, str(error))
+        return end(1 if isinstance(error, data.sources.Interrupted) else 2, str(error))
     except LostError as error:  # each process says so, as the first may be the lost one
         return finish(prog, 1, str(error))
     except (TrainError, OSError) as error:
