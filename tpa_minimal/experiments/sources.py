@@ -295,8 +295,8 @@ def _parquet_texts(path: Path) -> Iterator[str]:
         # As many texts as 64 MiB hold, were each as long as a page: a few kilobytes can decode to gigabytes.
         most = min(max(1, 2**26 // largest), 2**16)
         for batch in opened.iter_batches(batch_size=most, columns=["text"], use_threads=False):
-            for value in batch.column(0).drop_null():
-                buffer = memoryview(getattr(value, "value", value).as_buffer())
+            for value in () if batch.column(0).null_count == len(batch) else batch.column(0):  # or millions of none
+                buffer = memoryview(getattr(value, "value", value).as_buffer() or b"")
                 yield from codecs.iterdecode((buffer[i : i + BLOCK] for i in range(0, len(buffer), BLOCK)), "utf-8")
 
 
