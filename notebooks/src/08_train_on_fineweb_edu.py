@@ -626,7 +626,7 @@ looks.show(fig, alt=alt)
 # **Both fixed questions are answered against TPA with the paper's start, so early in training.** On the lessons it is behind
 # MHA at equal weights by 0.651 nats, and behind GQA at equal bytes by 0.605; on FineWeb-Edu by 0.395 and 0.356. All
 # four intervals are far from zero. Recall is solved by MHA in 10 of 10 runs, by GQA in 10 of 10 and by MLA in 9 of 10, but by
-# TPA in 0 of 10, whose accuracy stays at 0.231: that of a guess among the values it has seen.
+# TPA in 0 of 10, whose accuracy stays at 0.231: not far above a guess among the values stated, of which there are four or eight.
 #
 # **The start that we recommend is the authors'** (`init="authors"`). It ends the lessons at 1.934 nats where the paper's
 # ends at 2.412, and FineWeb-Edu at 3.862 where the paper's ends at 4.169. With GQA at 1.807 and 3.813 it closes most of the gap and
