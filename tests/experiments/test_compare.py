@@ -301,6 +301,15 @@ def test_runs_are_made_once_stopped_resumed_and_reproduced(tmp_path, monkeypatch
     assert "recall, mini, 4 steps" in capsys.readouterr().out
 
 
+def test_where_nothing_can_be_written_is_said_before_any_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(compare, "find_task", lambda options: pytest.fail("the data are being made"))
+    monkeypatch.setattr(compare, "read_rows", lambda path: [])
+    assert compare.main(["run", "--out", str(tmp_path / "file/rows.jsonl"), *MICRO]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(tmp_path / "file") in error
+
+
 def test_a_mixed_run_measures_both(tmp_path):
     options = compare.Options("run", data="mixed", steps=4, batch_size=2, seq_len=64, tokens=5000)
     task = compare.find_task(options)

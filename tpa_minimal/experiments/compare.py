@@ -55,7 +55,7 @@ from tpa_minimal.experiments.processes import SIGNALS, Processes, StopRequest, l
 from tpa_minimal.experiments.report import duration
 from tpa_minimal.experiments.settings import DEFAULTS, TrainConfig, check_values, find_device, natural_dtype
 from tpa_minimal.experiments.sources import Interrupted
-from tpa_minimal.files import FileError, read_json_lines
+from tpa_minimal.files import FileError, check_folder, read_json_lines
 from tpa_minimal.memory import Layer, match_heads
 from tpa_minimal.tpa import T6Config, TensorProductAttention
 
@@ -467,6 +467,7 @@ def work(options: Options) -> int:
     """Make the runs that are left, each being taken by one process; returns the exit status."""
     chosen, folder = checked(options), Path(f"{options.out}.runs")
     read_rows(options.out)
+    check_folder(options.out.parent)  # before any long work
     # Each process of a torchrun works for itself: the file and its locks are all that they share.
     os.environ.pop("RANK", 0)
     workers = int(os.environ.pop("WORLD_SIZE", 1))
