@@ -451,10 +451,10 @@ def table(result: dict) -> str:
 
 def figure(result: dict):
     """Time against context, each mechanism a line; for decoding also how long reading TPA's cache must take."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # pyplot would keep it open
 
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    series = {}
+    fig = Figure(figsize=(7, 4), layout="constrained")
+    ax, series = fig.subplots(), {}
     for row in result["rows"]:
         series.setdefault(row["mechanism"] + (f", {row['way']}" if "way" in row else ""), []).append(row)
     for (name, rows), (marker, line) in zip(series.items(), [(m, s) for s in ("-", "--") for m in "os^DvP"]):
