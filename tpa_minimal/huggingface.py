@@ -393,12 +393,14 @@ class LlamaSelfAttention(nn.Module):
         past_key_values=None,
         position_ids=None,
         output_attentions=False,
+        cache=None,
         **_,
     ) -> tuple[Tensor, None]:
         """hidden_states: (B, T, d_model) -> (the same, None for attention weights that are never formed)."""
         if output_attentions:
             raise ValueError("output_attentions: TPA never forms attention weights; leave it out")
         (B, T), start = hidden_states.shape[:2], 0
+        past_key_values = cache if past_key_values is None else past_key_values  # its name from transformers 5.24 on
         if past_key_values is not None:
             start = int(past_key_values.get_seq_length(self.layer_idx))
         padding = None if attention_mask is None else self._padding(attention_mask, B, start, T)
@@ -1103,6 +1105,7 @@ class _CausalLM:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values=None,
+        cache=None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -1118,7 +1121,8 @@ class _CausalLM:
         if ignored := [name for name, value in others.items() if value is not None and value is not False]:
             raise ValueError(f"{', '.join(ignored)}: T6ForCausalLM does not support this; leave it out")
         self._refuse_adapters_that_would_be_passed_by()
-        (B, T), past, cache, tokens = input_ids.shape, past_key_values, None, None
+        past = cache if past_key_values is None else past_key_values  # its name from transformers 5.24 on
+        (B, T), cache, tokens = input_ids.shape, None, None
         start = self._cached(past)
         padding, right = _ragged(attention_mask, B, start, T)
         if attention_mask is not None:  # padding may be any token, even one beyond the vocabulary
@@ -1142,7 +1146,8 @@ class _CausalLM:
                 positions = torch.arange(start, start + T, device=labels.device)
                 labels = labels.masked_fill(positions <= padding[:, None], -100)
             loss = self.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
-        output = self._output_class(loss=loss, logits=logits, past_key_values=past)
+        name = "cache" if "cache" in self._output_class.__dataclass_fields__ else "past_key_values"
+        output = self._output_class(loss=loss, logits=logits, **{name: past})
         return output.to_tuple() if return_dict is False else output
 
     def _cached(self, past) -> int:
