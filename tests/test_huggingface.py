@@ -654,6 +654,22 @@ def test_any_tpa_as_self_attn_caches_factors_in_transformers_cache(attention):
     assert held == 2 * 30 * 2 * sum(w * r for w, r in zip(model.model.layers[0].self_attn.attention.sizes[2:], [1] * 4))
 
 
+def test_a_cache_is_taken_by_both_of_its_names():
+    """past_key_values, and cache, as transformers 5.24 calls it."""
+    transformers = pytest.importorskip("transformers")
+    tokens, model = torch.randint(30, (1, 6)), wrapped()
+    hidden, layer = torch.randn(1, 6, 48), convert.use_tpa(llama(num_hidden_layers=1)).model.layers[0].self_attn
+    got = []
+    for name in ("past_key_values", "cache"):
+        mine, theirs = {name: model(tokens[:, :5]).to_tuple()[1]}, {name: transformers.DynamicCache()}
+        with torch.no_grad():
+            layer(hidden[:, :5], **theirs)
+            got.append((model(tokens[:, 5:], **mine).logits, layer(hidden[:, 5:], **theirs)[0]))
+    for whole, old, new in zip((model(tokens).logits[:, 5:], layer(hidden)[0][:, 5:]), *got):
+        torch.testing.assert_close(old, whole)
+        assert torch.equal(old, new)
+
+
 @pytest.mark.parametrize("shape", SHAPES[:2])
 def test_tpa_as_self_attn_generates_with_a_static_cache(shape):
     model = llama(**shape)

@@ -1027,7 +1027,7 @@ class _Described:
     """`config.json` of a T6 as transformers' configuration; `describe` says what is in it."""
 
     model_type = "t6"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     sizes, attention, llama, frozen = asdict(T6Config.preset("tiny")), {"name": "TensorProductAttention"}, None, ()
     use_cache, tie_word_embeddings = True, False  # nothing is tied in the file: the embedding is there once
 
@@ -1105,12 +1105,12 @@ class _CausalLM:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values=None,
-        cache=None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = True,
         num_items_in_batch=None,
+        cache=None,
         **others,
     ):
         """input_ids (B, T) -> logits (B, T, vocab_size) and, with labels (B, T), the loss of each next token.
