@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from helpers import passed_in_the_interpreter
+from helpers import DEVICE, interpreter_marks, passed_in_the_interpreter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpa_minimal import tpa, variants
@@ -16,13 +16,10 @@ from tpa_minimal.tpa import T6, T6Config
 pytest.importorskip("triton", reason="Triton is an extra: pip install triton")
 from tpa_minimal import decode_graph, flash_decode  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-here = pytest.mark.skipif(
-    not flash_decode.INTERPRETED and DEVICE == "cpu", reason="runs in the interpreter's own process"
-)
+here, elsewhere = interpreter_marks(flash_decode.INTERPRETED)
 
 
-@pytest.mark.skipif(flash_decode.INTERPRETED or DEVICE == "cuda", reason="the tests below run in this process")
+@elsewhere
 def test_in_the_interpreter():
     assert passed_in_the_interpreter(__file__) > 9  # they ran, and were not skipped
 

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from helpers import passed_in_the_interpreter
+from helpers import DEVICE, interpreter_marks, passed_in_the_interpreter
 
 from tpa_minimal import tpa
 from tpa_minimal.tpa import T6, FactorCache, T6Config
@@ -15,13 +15,10 @@ from tpa_minimal.tpa import T6, FactorCache, T6Config
 pytest.importorskip("triton", reason="Triton is an extra: pip install triton")
 from tpa_minimal import flash_decode  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-here = pytest.mark.skipif(
-    not flash_decode.INTERPRETED and DEVICE == "cpu", reason="runs in the interpreter's own process"
-)
+here, elsewhere = interpreter_marks(flash_decode.INTERPRETED)
 
 
-@pytest.mark.skipif(flash_decode.INTERPRETED or DEVICE == "cuda", reason="the tests below run in this process")
+@elsewhere
 def test_in_the_interpreter():
     assert passed_in_the_interpreter(__file__) > 30  # they ran, and were not skipped
 

@@ -279,11 +279,8 @@ def _parquet_texts(path: Path) -> Iterator[str]:
             problem = f"{names.count('text') or 'no'} column{'s' * ('text' in names)} text, only {', '.join(names)}"
             raise DataError(f"{path} has {problem:.120}; rename the one that holds the texts")
         kind = opened.schema_arrow.field("text").type
-        if str(kind.value_type if isinstance(kind, DictionaryType) else kind) not in (
-            "string",
-            "large_string",
-            "string_view",
-        ):
+        held = kind.value_type if isinstance(kind, DictionaryType) else kind
+        if str(held) not in ("string", "large_string", "string_view"):
             raise DataError(f"{path}: its column text holds {kind}, not text; write it as strings")
         largest = 1
         for group in map(opened.metadata.row_group, range(opened.num_row_groups)):
@@ -323,11 +320,12 @@ def _thrift(file: BinaryIO, kind: int) -> dict[int, object] | int | None:
     """A value in Thrift's compact protocol, of the kinds in a page's header: a structure, a whole number, or passed."""
 
     def number() -> int:
-        low, shift = file.read(1)[0], 7
-        value = low & 127
-        while low > 127 and shift < 64:
-            low = file.read(1)[0]
-            value, shift = value | (low & 127) << shift, shift + 7
+        value = 0
+        for shift in range(0, 70, 7):  # the seven lower bits of each byte; the eighth says that another follows
+            byte = file.read(1)[0]
+            value |= (byte & 127) << shift
+            if byte < 128:
+                break
         return value
 
     if kind in (4, 5, 6):  # zigzag: 0, -1, 1, -2, ...
